@@ -1,0 +1,528 @@
+"""DAPO: reinforcement learning for language models, in one file to be read from top to bottom.
+
+    python dapo.py                         trains the toy model that ships with it, on a laptop, in minutes
+    python dapo.py --CLIP_RANGE_HIGH=0.2   the same with one constant changed; --help lists them all
+
+The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476. One step of it:
+
+    1. sample   GROUP_SIZE responses to each of BATCH_SIZE questions, and judge their final answers by rule (eq. 7)
+    2. filter   drop the groups that are all right or all wrong, and sample new questions in their place (eq. 11)
+    3. shape    take up to 1 off the reward of a response that comes close to the length limit (eq. 13)
+    4. compare  each reward with its own group's: that is the advantage, no value network needed (eq. 9)
+    5. update   the policy by PPO's clipped objective, with more room upwards than downwards (eq. 10), averaged over
+                tokens and not over responses (eq. 12)
+
+GRPO is the same without 2 and 3, without the two changes in 5, and with a KL penalty. Left out: more than one GPU, and
+a sampling engine of its own. Reading data, the run's record, its pictures and the command line are in record.py.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import record  # before torch: it imports datasets, which on Windows has to come first
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from reward import compute_score, overlong_penalty
+
+# ---- Constants: read when a function runs, so that the command line, a recipe or grpo.py can set them ---------------
+
+# Model and data
+MODEL = "toy"  # folder or Hub name of a causal language model
+TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv or hub; input, output: columns, dotted if nested
+    {"path": "toy/train.parquet", "type": "parquet", "input": "question", "output": "answer"},
+]
+EVAL_DATASETS = [  # held-out questions, in the same form
+    {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
+]
+MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
+OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
+SEED = 0  # of everything random
+
+# Length of the run
+NUM_STEPS: int | None = 60  # batches to train on; None: NUM_EPOCHS passes over the data
+NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
+EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
+EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
+SAVE_EVERY = 0  # steps between saved models; 0: only at the end of the run and of each epoch
+
+# Sampling
+BATCH_SIZE = 32  # questions a step
+GROUP_SIZE = 8  # responses to each question
+MAX_RESPONSE_LENGTH = 96  # tokens, the end token included
+TEMPERATURE = 1.0  # of the policy, wherever it is sampled or scored
+DECODE_STAGE = 16  # tokens decoded before the responses that have ended leave the batch
+
+# Dynamic sampling
+USE_DYNAMIC_SAMPLING = True  # replace groups that are all right or all wrong (GRPO: False)
+MAX_GEN_BATCHES = 10  # rounds of sampling a step at most, of up to BATCH_SIZE questions each
+RETRY_SAME_QUESTION = False  # replace such a group by a new try at its question, which is not the paper's way
+SKIP_EVEN_EPOCHS = 0  # epochs for which the question of such a group is passed over
+
+# Overlong responses
+OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit in which the punishment grows; 0: none (GRPO: 0)
+OVERLONG_PENALTY_FACTOR = 1.0  # reward taken off at the limit
+USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but in their group's baseline
+
+# Loss
+CLIP_RANGE_LOW = 0.2  # a token's probability ratio pushes down as far as 1 - this
+CLIP_RANGE_HIGH = 0.28  # and up as far as 1 + this (GRPO: 0.2)
+LOSS_AGG_MODE = "token-mean"  # or seq-mean-token-sum, or seq-mean-token-mean (GRPO)
+KL_COEF = 0.0  # weight of the divergence from the base model (GRPO: above 0)
+ENTROPY_COEF = 0.0  # weight of the entropy bonus
+
+# Update
+LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, for 32 B parameters: 1e-6)
+WARMUP_STEPS = 5  # steps in which the learning rate rises to it
+WEIGHT_DECAY = 0.1  # of AdamW
+MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
+DAPO_EPOCHS = 1  # passes over each batch
+MINI_BATCHES = 16  # optimizer steps in one pass
+MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, prompts and padding included
+LOGITS_CHUNK = 2**27  # logits in memory at a time: 0.5 GiB
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Question:
+    text: str
+    answer: str  # the ground truth
+    source: str  # its data set's path
+    prompt: torch.Tensor  # (P,) token ids, as the model reads them
+    rests: int = 0  # epochs in which it is still to be passed over
+
+
+def question_stream(questions):
+    """Each question once an epoch, in an order fixed by SEED; without end where NUM_STEPS ends the run."""
+    for epoch in itertools.count() if NUM_STEPS else range(NUM_EPOCHS):
+        for question in random.Random(f"{SEED} {epoch}").sample(questions, len(questions)):
+            if question.rests:
+                question.rests -= 1
+            else:
+                yield question
+
+
+# ---- Model and sampling ---------------------------------------------------------------------------------------------
+
+
+def load_model(path):
+    """The model, with fp32 weights and neutral sampling settings, and its tokenizer, from a folder or the Hub.
+
+    At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
+    and only the arithmetic is bf16, on CUDA. A checkpoint's generation_config (top_k, repetition_penalty, ...) would
+    leak into `generate`, which would then sample another distribution than the one scored: it is put aside until saved.
+    """
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = record.from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).to(device)
+    tokenizer = record.from_pretrained(AutoTokenizer, path)
+    own = model.own_generation_config = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    return model.eval(), tokenizer  # never train(): with dropout, the policy scored would not be the one sampled
+
+
+def autocast(model):
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+@dataclass(eq=False)
+class Response:
+    question: Question
+    tokens: torch.Tensor  # (T,) ids as sampled, through the end token; never decoded and tokenized again
+    text: str
+    truncated: bool  # cut off by MAX_RESPONSE_LENGTH
+    accuracy: float  # 1 right, 0 wrong
+    reward: float  # 1 right, -1 wrong, less the overlong penalty
+    advantage: float | None = None  # None: its group was dropped
+    old_log_probs: torch.Tensor | None = None  # (T,) by the policy that sampled it
+    base_log_probs: torch.Tensor | None = None  # (T,) by the base model, where there is a KL_COEF
+
+
+@torch.no_grad()
+def sample_tokens(model, prompts, greedy=False):
+    """One response to each prompt: B prompts of (P,) token ids → B responses of (T,), through the first end token.
+
+    `generate` goes on with every response until the last has ended. Called in stages, between which those that have
+    ended leave the batch and its cache, it does less than half the work when lengths differ.
+    """
+    policy = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)
+    prompts = [prompt.to(model.device) for prompt in prompts]
+    ids = pad_sequence(prompts, True, model.generation_config.pad_token_id, "left")  # (B, P)
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left")  # (B, P)
+    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
+    width, cache, live, responses = ids.shape[1], None, list(range(len(prompts))), [None] * len(prompts)
+    while live:
+        stage = min(DECODE_STAGE, width + MAX_RESPONSE_LENGTH - ids.shape[1])
+        config = GenerationConfig(max_new_tokens=stage, return_dict_in_generate=True, **policy)
+        with autocast(model):
+            output = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+        ids, cache = output.sequences, output.past_key_values
+        is_end = torch.isin(ids[:, width:], ends)  # (live, T)
+        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, is_end.shape[1]).tolist()
+        done = is_end.any(1) | (is_end.shape[1] == MAX_RESPONSE_LENGTH)
+        for row in done.nonzero().flatten().tolist():
+            responses[live[row]] = ids[row, width : width + lengths[row]].cpu()
+        rows = (~done).nonzero().flatten()
+        live = [live[row] for row in rows.tolist()]
+        ids, mask = ids[rows], torch.nn.functional.pad(mask[rows], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache.batch_select_indices(rows)
+    return responses
+
+
+def sample_groups(model, tokenizer, questions, group_size, greedy=False):
+    """`group_size` judged responses to each question: a list of groups, each a list of Responses."""
+    asked = [question for question in questions for _ in range(group_size)]
+    tokens = sample_tokens(model, [question.prompt for question in asked], greedy)
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
+    responses = list(map(judge, asked, tokens, texts, truncated))
+    return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
+
+
+def judge(question, tokens, text, truncated):
+    """A Response with its reward: ±1 for the answer (eq. 7) and the soft overlong punishment (eq. 13)."""
+    verdict = compute_score(question.source, text, question.answer)
+    penalty = overlong_penalty(len(tokens), MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR)
+    return Response(question, tokens, text, truncated, float(verdict["acc"]), verdict["score"] + penalty)
+
+
+# ---- Dynamic sampling -----------------------------------------------------------------------------------------------
+
+
+def collect_groups(model, tokenizer, stream):
+    """Groups with 0 < right answers < GROUP_SIZE, sampled until there are BATCH_SIZE of them (eq. 11).
+
+    Each round draws new questions, as many as are missing by the share of groups kept so far. Gives the groups to train
+    on, all groups sampled, and the number of rounds. Groups are fewer after MAX_GEN_BATCHES rounds or at the end of the
+    data; those over BATCH_SIZE are not saved for the next step, whose policy is another.
+    """
+    kept, sampled, again, rounds = [], [], [], 0
+    while len(kept) < BATCH_SIZE and rounds < MAX_GEN_BATCHES:
+        keep_rate = (len(kept) + 1) / (len(sampled) + 1)
+        wanted = min(BATCH_SIZE, math.ceil((BATCH_SIZE - len(kept)) / keep_rate))
+        questions = again or list(itertools.islice(stream, wanted))
+        if not questions:
+            break
+        groups = sample_groups(model, tokenizer, questions, GROUP_SIZE)
+        sampled, rounds = sampled + groups, rounds + 1
+        if not USE_DYNAMIC_SAMPLING:
+            return groups, sampled, rounds
+        kept += [group for group in groups if not is_even(group)]
+        even = [group[0].question for group in groups if is_even(group)]
+        for question in even:
+            question.rests = SKIP_EVEN_EPOCHS
+        again = even if RETRY_SAME_QUESTION else []
+    return kept[:BATCH_SIZE], sampled, rounds
+
+
+def is_even(group):
+    """All right or all wrong, so that none is an example to the others. Accuracy decides, not the shaped reward: the
+    overlong penalty makes a difference between wrong answers too, but not one worth learning."""
+    return len({response.accuracy for response in group}) == 1
+
+
+# ---- Advantage and loss ---------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards):
+    """(n, G) rewards → (n, G): each compared with its group, (r - mean) / (std + 1e-6), std unbiased (eq. 9).
+
+    A group of equal rewards, or of one, gives zeros.
+    """
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(rewards)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    even = (rewards == rewards[:, :1]).all(1, keepdim=True)  # rounding in the mean would be blown up by the tiny std
+    return advantages.masked_fill(even, 0.0)
+
+
+def probability_ratio(log_probs, old_log_probs):
+    """ρ = π(token) / π_old(token), (B, T) each, kept between e^-20 and e^20."""
+    return (log_probs - old_log_probs).clamp(-20, 20).exp()
+
+
+def policy_loss(log_probs, old_log_probs, advantages):
+    """(B, T), (B, T), (B,) → (B, T): max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)), with clip-higher (eq. 10).
+
+    A token stops pushing once its probability has moved as far as the clip lets it in the direction its advantage
+    wants. If it has moved the other way, the maximum takes the unclipped term, and it is pulled back.
+    """
+    ratio, advantages = probability_ratio(log_probs, old_log_probs), advantages[:, None]
+    clipped = ratio.clamp(1 - CLIP_RANGE_LOW, 1 + CLIP_RANGE_HIGH)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
+
+
+def clipped_tokens(log_probs, old_log_probs, advantages):
+    """The tokens without a gradient, as two (B, T) masks: held by the lower and by the upper end of the clip range."""
+    ratio, advantages = probability_ratio(log_probs, old_log_probs), advantages[:, None]
+    return (advantages < 0) & (ratio < 1 - CLIP_RANGE_LOW), (advantages > 0) & (ratio > 1 + CLIP_RANGE_HIGH)
+
+
+def kl_to_base(log_probs, base_log_probs):
+    """(B, T), (B, T) → (B, T): r - 1 - log r with r = base / π, an estimate of KL(π || base) that is never negative."""
+    ratio = probability_ratio(base_log_probs, log_probs)
+    return ratio - 1 - ratio.log()
+
+
+def aggregate_loss(token_losses, mask, mode, denominator=None):
+    """(B, T) token losses and a (B, T) mask of 0 and 1 → one number.
+
+    "token-mean" is the mean over all tokens, so that a long response counts by its length (eq. 12). The mean over
+    responses, of sums ("seq-mean-token-sum") or of means ("seq-mean-token-mean", GRPO), counts each of them once.
+    `denominator` is the number of tokens, or of responses that have any, in the whole optimizer step. Given it, the
+    losses of a mini-batch's parts add up to that of the whole, however it was cut.
+    """
+    token_losses, lengths = token_losses * mask, mask.sum(1)
+    if mode == "token-mean":
+        return token_losses.sum() / (denominator or lengths.sum())
+    losses = token_losses.sum(1)
+    if mode == "seq-mean-token-mean":
+        losses = losses / lengths.clamp(min=1)
+    return losses.sum() / (denominator or lengths.count_nonzero())
+
+
+# ---- Scoring --------------------------------------------------------------------------------------------------------
+
+
+def token_log_probs(model, prompts, responses):
+    """B prompts and B responses, 1-D token ids → log_probs, entropy, mask, (B, T) each, of the policy at TEMPERATURE.
+
+    Padding is on the right, where a causal model's real tokens do not see it: no attention mask, no position ids.
+    Logits, (N, vocabulary) for N tokens in all responses, would be by far the largest tensor. They are made in chunks,
+    for response tokens only, and made again for the backward pass instead of kept.
+    """
+    lengths = [len(response) for response in responses]
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True).to(model.device)  # (B, P + T)
+    with autocast(model):
+        decoded = model.base_model(input_ids=ids, use_cache=False)
+    # The state at one position predicts the token at the next.
+    states = zip(decoded.last_hidden_state, [len(prompt) - 1 for prompt in prompts], lengths)
+    hidden = torch.cat([state[start : start + length] for state, start, length in states])  # (N, H)
+    targets = torch.cat(list(responses)).to(model.device)  # (N,)
+    size = max(1, LOGITS_CHUNK // model.config.vocab_size)
+    chunks = zip(hidden.split(size), targets.split(size))
+    scores = [checkpoint(score_chunk, model, decoded, *chunk, use_reentrant=False) for chunk in chunks]
+    log_probs, entropy = (pad_sequence(torch.cat(parts).split(lengths), True) for parts in zip(*scores))
+    return log_probs, entropy, pad_sequence([torch.ones(length, device=model.device) for length in lengths], True)
+
+
+def score_chunk(model, decoded, hidden, targets):
+    """(N, H) hidden states, (N,) token ids → log-probabilities and full-vocabulary entropies, (N,) each.
+
+    The head is the model's own forward, its decoder replaced by one that hands on `hidden`: what a model does to its
+    logits after the last layer (Gemma 2 caps them, Granite scales them) is done here too.
+    """
+    decoder = model.base_model
+    decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
+    try:
+        with autocast(model):
+            logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]  # (N, V)
+    finally:
+        del decoder.forward
+    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def micro_batches(responses):
+    """Cuts responses into lists of at most MICRO_BATCH_TOKENS tokens; sorted by length, they hold little padding."""
+    batch = []
+    for response in sorted(responses, key=total_length):
+        if batch and (len(batch) + 1) * total_length(response) > MICRO_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(response)
+    if batch:
+        yield batch
+
+
+def total_length(response):
+    return len(response.question.prompt) + len(response.tokens)
+
+
+def score(model, batch):
+    return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
+
+
+@torch.no_grad()
+def store_log_probs(model, responses, name):
+    """Sets `name`, old_log_probs or base_log_probs, of each response."""
+    for batch in micro_batches(responses):
+        for response, log_probs in zip(batch, score(model, batch)[0]):
+            setattr(response, name, log_probs[: len(response.tokens)])
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+
+def accumulate_gradients(model, mini_batch):
+    """Adds up the gradients of one optimizer step, micro-batch by micro-batch. Gives metrics as sums over tokens.
+
+    Each micro-batch is divided by the count of the whole mini-batch. In a mean of means, the weight of a token would
+    depend on the company it happened to be put in.
+    """
+    tokens = sum(len(response.tokens) for response in mini_batch)
+    denominator = tokens if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
+    sums = Counter(tokens=tokens)
+    for batch in micro_batches(mini_batch):
+        log_probs, entropy, mask = score(model, batch)  # (B, T) each
+        for response, now in zip(batch, log_probs.detach()):
+            if response.old_log_probs is None:  # this very policy sampled it: its ratio is 1
+                response.old_log_probs = now[: len(response.tokens)]
+        old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
+        advantages = torch.tensor([response.advantage for response in batch], device=model.device)  # (B,)
+        losses = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages), "entropy_loss": -entropy}
+        if KL_COEF:
+            losses["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in batch], True))
+        losses = {name: aggregate_loss(loss, mask, LOSS_AGG_MODE, denominator) for name, loss in losses.items()}
+        loss = losses["policy_loss"] + ENTROPY_COEF * losses["entropy_loss"] + KL_COEF * losses.get("kl", 0.0)
+        loss.backward()
+
+        low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages)
+        per_token = {"entropy": entropy.detach(), "clip_fraction/low": low, "clip_fraction/high": high}
+        sums.update({name: loss.detach() * tokens for name, loss in losses.items()})
+        sums.update({name: (value * mask).sum() for name, value in per_token.items()})
+    return sums
+
+
+def update(model, base, optimizer, groups, step):
+    """Trains the model on groups of responses: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Gives the metrics."""
+    advantages = group_advantages(torch.tensor([[response.reward for response in group] for group in groups]))
+    responses = list(itertools.chain(*groups))
+    for response, advantage in zip(responses, advantages.flatten().tolist()):
+        response.advantage = advantage
+    if USE_OVERLONG_FILTERING:
+        responses = [response for response in responses if not response.truncated]
+    random.shuffle(responses)
+    mini_batches = [responses[i::MINI_BATCHES] for i in range(min(MINI_BATCHES, len(responses)))]
+    # Old log-probabilities are from before the first optimizer step. The first mini-batch finds its own in its loss.
+    store_log_probs(model, list(itertools.chain(*mini_batches[1:])), "old_log_probs")
+    if KL_COEF:
+        store_log_probs(base, responses, "base_log_probs")
+
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
+    sums = Counter()
+    for mini_batch in mini_batches * DAPO_EPOCHS:
+        sums.update(part := accumulate_gradients(model, mini_batch))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if grad_norm.isfinite():
+            optimizer.step()
+        else:
+            record.say(f"step {step}: an update was skipped, its gradient is {grad_norm.item()}")
+        optimizer.zero_grad()
+        sums["grad_norm"] += grad_norm * part["tokens"]
+    tokens = sums.pop("tokens", 0)
+    return {name: float(value) / tokens for name, value in sums.items()}
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+def train():
+    """Trains MODEL on TRAIN_DATASETS; everything it leaves is in OUTPUT_DIR."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    model, tokenizer = load_model(MODEL)
+    base = load_model(MODEL)[0] if KL_COEF else None
+    stream = question_stream(load_questions(TRAIN_DATASETS, tokenizer))
+    held_out = load_questions(EVAL_DATASETS, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    run, step = record.open_run(OUTPUT_DIR, NUM_STEPS), 0
+    record.write(run, step, evaluate(model, tokenizer, held_out))
+    while step != NUM_STEPS:
+        start = time.perf_counter()
+        groups, sampled, rounds = collect_groups(model, tokenizer, stream)
+        if not sampled:  # NUM_EPOCHS are over
+            break
+        step, sampling_ends = step + 1, time.perf_counter()
+        metrics = record.sampling_metrics(groups, sampled, rounds, sampling_ends - start)
+        changes = update(model, base, optimizer, groups, step) if groups else {}
+        if not changes:
+            record.say(f"step {step}: no update, for there is nothing to learn from in {len(sampled)} groups")
+        metrics |= changes
+        metrics |= {"time/update": time.perf_counter() - sampling_ends, "time/step": time.perf_counter() - start}
+        metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+        if step % EVAL_EVERY == 0:
+            metrics |= evaluate(model, tokenizer, held_out)
+        record.write(run, step, metrics, sampled)
+        if SAVE_EVERY and step % SAVE_EVERY == 0 and step != NUM_STEPS:
+            record.save_model(run, model, tokenizer, f"step_{step}", globals())
+    if step % EVAL_EVERY:
+        record.write(run, step, evaluate(model, tokenizer, held_out))
+    record.save_model(run, model, tokenizer, f"step_{step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}", globals())
+    run.bar.close()
+    run.db.close()
+
+
+# ---- Not the algorithm: data files, evaluation, the command line; for the rest see record.py ------------------------
+
+
+def load_questions(data, tokenizer):
+    """The questions of all data sets in `data`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
+    questions = []
+    for source in data:
+        for text, answer in record.load_rows(source):
+            messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
+            if tokenizer.chat_template:
+                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+            else:
+                ids = tokenizer(messages[-1]["content"])["input_ids"]
+            questions.append(Question(messages[-1]["content"], str(answer), source["path"], torch.tensor(ids)))
+    short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
+    if len(short) < len(questions):
+        record.say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
+    return short
+
+
+def evaluate(model, tokenizer, questions):
+    """Metrics on held-out questions: greedy accuracy, and for EVAL_SAMPLES k > 1 the mean and the best of k.
+
+    Shows the answer to the longest question. Its random numbers are its own, so that evaluating does not change a run.
+    """
+    greedy = ask(model, tokenizer, questions, 1, greedy=True)
+    record.show(max(greedy, key=lambda group: len(group[0].question.prompt))[0])
+    metrics = {"eval/accuracy": sum(group[0].accuracy for group in greedy) / len(greedy)}
+    if EVAL_SAMPLES > 1:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            groups = ask(model, tokenizer, questions, EVAL_SAMPLES)
+        right = [[response.accuracy for response in group] for group in groups]
+        metrics[f"eval/avg@{EVAL_SAMPLES}"] = sum(map(sum, right)) / len(right) / EVAL_SAMPLES
+        metrics[f"eval/pass@{EVAL_SAMPLES}"] = sum(map(max, right)) / len(right)
+    return metrics
+
+
+def ask(model, tokenizer, questions, group_size, greedy=False):
+    """sample_groups, with no more responses at a time than in training."""
+    size = max(1, BATCH_SIZE * GROUP_SIZE // group_size)
+    parts = [questions[first : first + size] for first in range(0, len(questions), size)]
+    return [group for part in parts for group in sample_groups(model, tokenizer, part, group_size, greedy)]
+
+
+def main(argv=None):
+    """The command line, as `--help` describes it."""
+    command, folders = record.read_command_line(argv, globals())
+    if command == "train":
+        train()
+    elif command == "plot":
+        for folder in folders or [OUTPUT_DIR]:
+            print(record.draw(folder))
+    else:
+        for folder in folders or [MODEL]:
+            model, tokenizer = load_model(folder)
+            metrics = evaluate(model, tokenizer, load_questions(EVAL_DATASETS, tokenizer))
+            print(f"{folder}: {record.describe(metrics)}")
+
+
+if __name__ == "__main__":
+    main()

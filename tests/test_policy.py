@@ -1,0 +1,131 @@
+"""The distribution that is scored is the one that was sampled from, for several architectures."""
+
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, HOSTILE
+
+import dapo
+
+LENGTHS = [3, 17, 9, 3, 12, 7]
+
+
+def make_prompts(tokenizer):
+    torch.manual_seed(1)
+    return [torch.randint(10, len(tokenizer), (length,)) for length in LENGTHS]
+
+
+@pytest.fixture
+def sampled_from(monkeypatch):
+    """The probabilities of each row that `generate` hands to torch.multinomial, one (rows, V) a token."""
+    record, multinomial = [], torch.multinomial
+
+    def spy(probabilities, *args, **kwargs):
+        record.append(probabilities.clone())
+        return multinomial(probabilities, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    return record
+
+
+@pytest.mark.parametrize("stage", [5, 100])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, set_constants):
+    set_constants(MAX_RESPONSE_LENGTH=18, TEMPERATURE=0.7, DECODE_STAGE=stage, LOGITS_CHUNK=3 * len(tokenizer))
+    ends = list(range(20, 60))  # many, so that responses end at many lengths
+    model, _ = dapo.load_model(make_folder(kind, ends))
+    prompts = make_prompts(tokenizer) * 4
+    torch.manual_seed(2)
+    responses = dapo.sample_tokens(model, prompts)
+    lengths = [len(response) for response in responses]
+    assert len(set(lengths)) > 4 and max(lengths) == 18 > min(lengths)
+
+    log_probs, entropy, mask = dapo.token_log_probs(model, prompts, responses)
+    assert log_probs.shape == entropy.shape == mask.shape == (len(prompts), 18)
+    assert mask.sum(1).tolist() == lengths
+    for position, probabilities in enumerate(sampled_from):
+        # the rows of this call: those that had not ended when its stage began
+        rows = [i for i, length in enumerate(lengths) if length > position // stage * stage]
+        assert len(probabilities) == len(rows)
+        for row, distribution in zip(rows, probabilities):
+            if position < lengths[row]:
+                token = responses[row][position]
+                assert log_probs[row, position].item() == pytest.approx(distribution[token].log().item(), abs=1e-4)
+                by_hand = -(distribution * distribution.log()).sum().item()
+                assert entropy[row, position].item() == pytest.approx(by_hand, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_stages_change_nothing(kind, make_folder, tokenizer, set_constants):
+    """Greedily, decoding in stages gives what transformers gives in one go, prompt by prompt."""
+    set_constants(MAX_RESPONSE_LENGTH=20, DECODE_STAGE=3)
+    ends = list(range(20, 80))
+    model, _ = dapo.load_model(make_folder(kind, ends))
+    prompts = make_prompts(tokenizer)
+    for prompt, response in zip(prompts, dapo.sample_tokens(model, prompts, greedy=True)):
+        alone = model.generate(prompt[None], do_sample=False, max_new_tokens=20, pad_token_id=0)[0, len(prompt) :]
+        assert response.tolist() == alone.tolist()
+
+
+def test_padding_changes_nothing(make_folder, tokenizer):
+    model, _ = dapo.load_model(make_folder())
+    prompts = make_prompts(tokenizer)
+    responses = [prompt.flip(0)[: 2 + i] for i, prompt in enumerate(prompts)]
+    together = dapo.token_log_probs(model, prompts, responses)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        for alone, row in zip(dapo.token_log_probs(model, [prompt], [response]), together):
+            torch.testing.assert_close(row[i, : len(response)], alone[0], atol=1e-5, rtol=1e-5)
+            assert (row[i, len(response) :] == 0).all()
+
+
+@pytest.mark.parametrize("pad_is_end", [True, False])
+def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, tokenizer, set_constants):
+    set_constants(MAX_RESPONSE_LENGTH=18, DECODE_STAGE=4)
+    ends = [tokenizer.eos_token_id, *range(20, 60)]
+    model, _ = dapo.load_model(make_folder("qwen2", ends))
+    if pad_is_end:
+        model.generation_config.pad_token_id = tokenizer.eos_token_id
+    responses = dapo.sample_tokens(model, make_prompts(tokenizer) * 4)
+    ended = [response for response in responses if response[-1].item() in ends]
+    assert 0 < len(ended) < len(responses)
+    for response in responses:
+        assert not set(response[:-1].tolist()) & set(ends)
+        assert response[-1].item() in ends or len(response) == 18
+    assert len({response[-1].item() for response in ended}) > 1
+
+    # its gradient is the end token's too, and nothing's that follows
+    log_probs, _, mask = dapo.token_log_probs(model, make_prompts(tokenizer) * 4, responses)
+    for row, response in zip(mask, responses):
+        assert row.tolist() == [1.0] * len(response) + [0.0] * (len(row) - len(response))
+    assert (log_probs[mask == 1] < 0).all()
+
+
+def test_truncated_is_told_from_ended(make_folder, tokenizer, set_constants):
+    """A response whose end token is the last that the limit allows has ended; pad == end does not confuse it."""
+    model, _ = dapo.load_model(make_folder(ends=[30], pad=30))
+    scripted = [torch.tensor([5, 6, 30]), torch.tensor([5, 6, 7])]
+    set_constants(MAX_RESPONSE_LENGTH=3, sample_tokens=lambda *args: scripted)
+    (group,) = dapo.sample_groups(model, tokenizer, [dapo.Question("q", "1", "test", torch.tensor([4]))], 2)
+    assert [response.truncated for response in group] == [False, True]
+
+
+def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, tmp_path):
+    folder = make_folder()
+    model, tokenizer = dapo.load_model(folder)
+    run = dapo.record.open_run(tmp_path / "run", 1)
+    dapo.record.save_model(run, model, tokenizer, "saved", vars(dapo))
+    before, after = (json.loads((f / "generation_config.json").read_text()) for f in (folder, tmp_path / "run/saved"))
+    for name in HOSTILE:
+        assert after[name] == before[name] == HOSTILE[name]
+    assert after["eos_token_id"] == before["eos_token_id"]
+    again, _ = dapo.load_model(tmp_path / "run/saved")
+    for one, other in zip(model.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(one, other)
+    assert list((tmp_path / "run/saved").glob("*.safetensors")) and not list((tmp_path / "run").glob("*.unfinished"))
+
+
+def test_weights_are_fp32_whatever_was_saved(make_folder):
+    folder = make_folder()
+    dapo.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert {parameter.dtype for parameter in dapo.load_model(folder)[0].parameters()} == {torch.float32}

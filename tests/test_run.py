@@ -1,0 +1,256 @@
+"""Whole runs by the command line, on a tiny random model and a few questions: what a run leaves, and what it says."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import dapo
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The same 12 questions in every form, some of them overlong; a Hub data set is a folder here."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"Tom has {n} apples.", "answer": f"#### {n}"} for n in range(10, 20)]
+    rows += [{"question": "Tom has 9 apples. " * 60, "answer": "#### 9"}] * 2
+    table = dapo.record.datasets.Dataset.from_list(rows)
+    table.to_parquet(folder / "q.parquet")
+    table.to_csv(folder / "q.csv")
+    (folder / "hub").mkdir()
+    table.to_parquet(folder / "hub/train.parquet")
+    nested = [
+        {"prompt": [{"role": "user", "content": r["question"]}], "reward_model": {"ground_truth": r["answer"][5:]}}
+        for r in rows
+    ]
+    (folder / "q.json").write_text("\n".join(map(json.dumps, nested)))
+    return folder
+
+
+@pytest.fixture
+def settings(data, make_folder, tmp_path):
+    """The command line of a run of two tiny steps."""
+    source = [{"path": str(data / "q.parquet"), "type": "parquet", "input": "question", "output": "answer"}]
+    return [
+        f"--{name}={value}"
+        for name, value in dict(
+            MODEL=make_folder(),
+            TRAIN_DATASETS=source,
+            EVAL_DATASETS=source,
+            OUTPUT_DIR=tmp_path / "run",
+            NUM_STEPS=2,
+            EVAL_EVERY=2,
+            BATCH_SIZE=3,
+            GROUP_SIZE=2,
+            MINI_BATCHES=2,
+            MAX_GEN_BATCHES=2,
+            MAX_RESPONSE_LENGTH=8,
+            OVERLONG_BUFFER_LENGTH=4,
+        ).items()
+    ]
+
+
+@pytest.fixture
+def lottery(set_constants):
+    """A reward by chance, so that a random model has something to learn from."""
+    coin = torch.Generator().manual_seed(0)
+
+    def score(*args):
+        right = torch.rand((), generator=coin).item() < 0.5
+        return {"score": 2.0 * right - 1, "acc": right, "pred": ""}
+
+    set_constants(compute_score=score)
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """dapo.main, after which every constant is what it was."""
+    for name, value in vars(dapo).copy().items():
+        if name.isupper():
+            monkeypatch.setattr(dapo, name, value)
+    return dapo.main
+
+
+def rows(folder, query):
+    with sqlite3.connect(folder / "run.db") as db:
+        return db.execute(query).fetchall()
+
+
+METRICS = """
+reward/mean accuracy response_length/mean response_length/max truncated_fraction entropy policy_loss entropy_loss
+clip_fraction/low clip_fraction/high grad_norm learning_rate groups/all_correct groups/all_wrong dynamic_resample_rate
+generation_batches time/generate time/update time/step tokens_per_second memory/peak_gib
+""".split()
+
+
+def test_a_run_leaves_its_record(main, settings, lottery, tmp_path, capsys):
+    main(["train", *settings, "--KL_COEF=0.01", "--EVAL_SAMPLES=2", "--SAVE_EVERY=1"])
+    run = tmp_path / "run"
+    for step in (1, 2):
+        found = dict(rows(run, f"SELECT name, value FROM metrics WHERE step = {step}"))
+        assert not set(METRICS + ["kl"]) - set(found)
+        assert all(value is not None and value == value for value in found.values())
+        answers = rows(run, f"SELECT accuracy, reward, length, truncated, kept FROM responses WHERE step = {step}")
+        assert found["accuracy"] == pytest.approx(sum(row[0] for row in answers) / len(answers))
+        assert found["reward/mean"] == pytest.approx(sum(row[1] for row in answers) / len(answers))
+        assert found["response_length/mean"] == pytest.approx(sum(row[2] for row in answers) / len(answers))
+        assert found["dynamic_resample_rate"] == pytest.approx(1 - sum(row[4] for row in answers) / len(answers))
+    evaluated = rows(run, "SELECT step, name FROM metrics WHERE name LIKE 'eval/%' ORDER BY step, name")
+    assert evaluated == [(s, f"eval/{name}") for s in (0, 2) for name in ("accuracy", "avg@2", "pass@2")]
+    picture = Image.open(run / "training_metrics.png")
+    assert min(picture.size) > 500 and len(set(picture.convert("L").tobytes())) > 50
+    assert sorted(p.name for p in run.iterdir()) == ["run.db", "step_1", "step_2", "training_metrics.png"]
+    said = capsys.readouterr().out
+    assert "2 of 12 questions are over MAX_PROMPT_LENGTH" in said and "Tom has 10 apples." in said
+
+    # the script that made it holds the values of this run, and runs
+    script = (run / "step_2/train_script.py").read_text()
+    assert "KL_COEF = 0.01  # weight" in script and "MAX_RESPONSE_LENGTH = 8  #" in script
+    assert compile(script, "train_script.py", "exec")
+
+
+def test_weights_move_only_where_there_is_something_to_learn(main, settings, lottery, set_constants, tmp_path, capsys):
+    main([*settings, "--LEARNING_RATE=0.01"])
+    before = dapo.load_model(dapo.MODEL)[0].state_dict()
+    after = dapo.load_model(tmp_path / "run/step_2")[0].state_dict()
+    assert all((before[name] != after[name]).float().mean() > 0.9 for name in before if "proj" in name)
+    assert "no update" not in capsys.readouterr().out
+
+    set_constants(compute_score=lambda *args: {"score": -1.0, "acc": False, "pred": ""})
+    main([*settings, "--LEARNING_RATE=0.01"])
+    after = dapo.load_model(tmp_path / "run/step_2")[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    said = capsys.readouterr().out
+    assert "step 1: no update" in said and "step 2: no update" in said
+    assert rows(tmp_path / "run", "SELECT value FROM metrics WHERE name = 'groups/all_wrong'") == [(1.0,), (1.0,)]
+
+
+def test_same_seed_same_run_and_evaluation_changes_nothing(main, settings, set_constants, tmp_path):
+    states = []
+
+    def score(source, text, answer):
+        return {"score": 2.0 * (len(text) % 2) - 1, "acc": bool(len(text) % 2), "pred": ""}
+
+    set_constants(compute_score=score)
+    for more in ([], ["--EVAL_SAMPLES=3", "--EVAL_EVERY=1"], ["--SEED=1"]):
+        main([*settings, *more, f"--OUTPUT_DIR={tmp_path / str(len(states))}"])
+        states.append(dapo.load_model(tmp_path / str(len(states)) / "step_2")[0].state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(states[0].values(), states[1].values()))
+    assert not all(torch.equal(one, other) for one, other in zip(states[0].values(), states[2].values()))
+
+
+def test_an_earlier_run_is_kept_aside(main, settings, tmp_path, capsys):
+    for _ in range(3):
+        main(settings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run_1", "run_2"]
+    assert all((tmp_path / name / "step_2").is_dir() for name in ("run", "run_1", "run_2"))
+    assert f"{tmp_path / 'run'} holds an earlier run: it is now {tmp_path / 'run_2'}" in capsys.readouterr().out
+
+
+def test_without_num_steps_it_goes_through_the_data(main, settings, set_constants, tmp_path):
+    main([*settings, "--NUM_STEPS=None", "--NUM_EPOCHS=2", "--USE_DYNAMIC_SAMPLING=False", "--EVAL_EVERY=5"])
+    asked = rows(tmp_path / "run", "SELECT question, COUNT(*) FROM responses GROUP BY question")
+    assert len(asked) == 10 and {count for _, count in asked} == {2 * 2}
+    assert rows(tmp_path / "run", "SELECT step FROM metrics WHERE name = 'eval/accuracy'") == [(0,), (5,), (7,)]
+    assert (tmp_path / "run/epoch_2").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name, kind, columns",
+    [
+        ("q.csv", "csv", ("question", "answer")),
+        ("q.json", "json", ("prompt", "reward_model.ground_truth")),
+        ("hub", "hub", ("question", "answer")),
+    ],
+)
+def test_data_of_every_form_give_the_same_questions(name, kind, columns, data, tokenizer):
+    source = {"path": str(data / "q.parquet"), "type": "parquet", "input": "question", "output": "answer"}
+    other = {"path": str(data / name), "type": kind, "input": columns[0], "output": columns[1]}
+    for one, same in zip(dapo.load_questions([source], tokenizer), dapo.load_questions([other], tokenizer)):
+        assert one.text == same.text and one.answer.removeprefix("#### ") == same.answer.removeprefix("#### ")
+        assert torch.equal(one.prompt, same.prompt)
+        assert tokenizer.decode(one.prompt) == f"<|user|>{one.text}<|assistant|>"
+
+
+def test_eval_and_plot(main, settings, make_folder, tmp_path, capsys):
+    main(settings)
+    capsys.readouterr()
+    main(["eval", *settings])
+    assert f"{dapo.MODEL}: held-out accuracy " in capsys.readouterr().out
+    main(["eval", str(tmp_path / "run/step_2"), *settings])
+    assert f"{tmp_path / 'run/step_2'}: held-out accuracy " in capsys.readouterr().out
+    (tmp_path / "run/training_metrics.png").unlink()
+    main(["plot", str(tmp_path / "run")])
+    assert (tmp_path / "run/training_metrics.png").exists()
+
+
+def test_recipe_and_overrides_in_their_order(main, settings, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import math\nCLIP_RANGE_HIGH = 0.5\nGROUP_SIZE = 2 * 2\nLEARNING_RATE = 1\n")
+    main([*settings, "--NUM_STEPS=1"])
+    main(["plot", str(recipe), "--GROUP_SIZE=6", str(tmp_path / "run")])
+    assert (dapo.CLIP_RANGE_HIGH, dapo.GROUP_SIZE) == (0.5, 6)
+    assert dapo.LEARNING_RATE == 1.0 and isinstance(dapo.LEARNING_RATE, float)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--CLIP_RANGE_HIHG=0.3"], "there is no constant CLIP_RANGE_HIHG; did you mean CLIP_RANGE_HIGH?"),
+        (["--GROUP_SIZE=eight"], "GROUP_SIZE=eight does not fit: GROUP_SIZE is a whole number"),
+        (["--GROUP_SIZE=8.5"], "GROUP_SIZE is a whole number"),
+        (["--NUM_STEPS=ten"], "NUM_STEPS is a whole number or None"),
+        (["--USE_DYNAMIC_SAMPLING=1"], "USE_DYNAMIC_SAMPLING is True or False"),
+        (["--LEARNING_RATE=None"], "LEARNING_RATE is a number"),
+        (["--LEARNING_RATE=nan"], "LEARNING_RATE is a number"),
+        (["--LEARNING_RATE=1e999"], "LEARNING_RATE=inf is out of range"),
+        (["--TRAIN_DATASETS=mine.csv"], "TRAIN_DATASETS is a list of data sets"),
+        (["--SEED", "1"], "--SEED has no value: write --SEED=VALUE"),
+        (["tran"], "'tran' is not a command"),
+        (["--GROUP_SIZE=1"], "GROUP_SIZE=1 is out of range"),
+        (["--LOSS_AGG_MODE=mean"], "LOSS_AGG_MODE=mean is out of range"),
+        (["--TEMPERATURE=0"], "TEMPERATURE=0.0 is out of range"),
+        (["--NUM_STEPS=0"], "NUM_STEPS=0 is out of range"),
+        (["--OVERLONG_BUFFER_LENGTH=97"], "OVERLONG_BUFFER_LENGTH=97 is out of range"),
+        (["missing_recipe.py"], "the recipe 'missing_recipe.py' cannot be read"),
+        (["plot", "nowhere"], "there is no run in 'nowhere'"),
+        (["--TRAIN_DATASETS=[{'path':'no.csv','type':'csv','input':'q','output':'a'}]"], "the data set 'no.csv'"),
+        (
+            ["--TRAIN_DATASETS=[{'path':'toy/test.parquet','type':'parquet','input':'q','output':'answer'}]"],
+            "no column 'q' for 'input'; there are: question, answer",
+        ),
+        (["--MODEL=nowhere"], "MODEL 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(main, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([f"--OUTPUT_DIR={tmp_path / 'run'}", *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_every_constant_with_its_value_and_comment():
+    lines = subprocess.run(
+        [sys.executable, "dapo.py", "--GROUP_SIZE=16", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    listed = {line.split("=")[0].strip(" -"): line for line in lines if line.startswith("  --")}
+    assert set(listed) == {name for name in vars(dapo) if name.isupper()}
+    assert listed["GROUP_SIZE"].split() == "--GROUP_SIZE=16 responses to each question".split()
+    assert all(line.split("=", 1)[1].split("  ", 1)[1].strip() for line in listed.values())
+
+
+def test_as_a_program_without_a_terminal(settings):
+    """In a process of its own: no bar, but plain lines, and nothing on the error stream."""
+    done = subprocess.run(
+        [sys.executable, "dapo.py", *settings, "--NUM_STEPS=5"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "step 5  accuracy 0.00  reward -" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,70 @@
+"""What ships in toy/: questions, tokenizer and model, as make_toy.py describes them."""
+
+import random
+import re
+import sys
+
+import pytest
+from conftest import ROOT
+
+import dapo
+
+sys.path.insert(0, str(ROOT / "toy"))
+import make_toy  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {
+        name: dapo.record.datasets.load_dataset("parquet", data_files=str(ROOT / f"toy/{name}.parquet"), split="train")
+        for name in ("train", "test")
+    }
+
+
+def test_questions(rows):
+    asked = rows["train"]["question"][:] + rows["test"]["question"][:]
+    assert len(rows["train"]) >= 4000 and len(rows["test"]) == 256
+    assert len(set(asked)) == len(asked)
+
+
+def test_worked_solutions_solve_their_questions(rows):
+    """Read anew from the words of the question, not from the program that wrote them."""
+    for row in rows["test"]:
+        start, *changes = re.findall(r"\w+ (has|\w+) (\d+)", row["question"])
+        value = int(start[1])
+        for verb, number in changes:
+            value += int(number) if verb in make_toy.GAINS else -int(number)
+        first, *work, last = row["answer"].split("\n")
+        assert first == "Work:" and last == f"#### {value}" and 0 < value < 100
+        assert len(work) == len(changes)
+        for line in work:
+            left, right = line.split("=")
+            one, sign, other = re.fullmatch(r"(\d+)([+-])(\d+)", left).groups()
+            assert int(one) + int(sign + other) == int(right)
+
+
+def test_tokenizer_gives_every_answer_back(rows, tokenizer):
+    for row in rows["test"]:
+        for text in row.values():
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids) == text
+    assert tokenizer.tokenize("407") == ["4", "0", "7"]
+    assert tokenizer.decode(tokenizer("schön, 你好")["input_ids"]) == "schön, 你好"
+
+
+def test_longest_solution_fits_the_response_limit(rows, tokenizer):
+    longest = max(len(tokenizer(answer)["input_ids"]) + 1 for answer in rows["train"]["answer"])
+    assert longest < dapo.MAX_RESPONSE_LENGTH - dapo.OVERLONG_BUFFER_LENGTH
+
+
+def test_the_model_is_small_and_loads(tokenizer):
+    model, _ = dapo.load_model(ROOT / "toy")
+    assert model.config.model_type == "qwen2" and 0.5e6 < model.num_parameters() < 2e6
+    assert sum(file.stat().st_size for file in (ROOT / "toy").iterdir() if file.is_file()) < 5 * 2**20
+
+
+def test_kinds_of_answers():
+    rng, equations = random.Random(0), ["1+2=3", "3+4=7"]
+    blurt, work, ramble = (make_toy.make_answer(rng, kind, equations, 7) for kind in ("blurt", "work", "ramble"))
+    assert blurt == "#### 7" and work == "Work:\n1+2=3\n3+4=7\n#### 7"
+    assert ramble.startswith(work.replace("#### 7", "Check:\n1+2=3\n3+4=7\n" * 2)) and ramble.endswith("\n#### 7")

@@ -1,0 +1,232 @@
+"""The update: a by-hand float64 calculation of a whole one, and what its gradient must not depend on."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import response
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+import dapo
+
+MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def make_groups(seed=0, lengths=range(3, 15)):
+    """Groups of four responses with mixed rewards, to prompts of different lengths, some truncated."""
+    rng, groups = random.Random(seed), []
+    for first in range(0, len(lengths), 4):
+        asked = dapo.Question("q", "1", "test", torch.tensor([rng.randrange(5, 300) for _ in range(3 + first)]))
+        group = []
+        for i, length in enumerate(lengths[first : first + 4]):
+            tokens = [rng.randrange(5, 300) for _ in range(length)]
+            group.append(response(float(i % 2), rng.uniform(-2, 1), tokens, truncated=i == 3, asked=asked))
+        groups.append(group)
+    return groups
+
+
+def gradient(model, responses, off_policy=True):
+    """The gradient of one mini-batch, with old log-probabilities that are some way off the present ones."""
+    dapo.store_log_probs(model, responses, "old_log_probs")
+    for index, r in enumerate(sorted(responses, key=lambda r: r.reward)):
+        r.advantage = (-1) ** index * 1.5
+        if off_policy:
+            r.old_log_probs += torch.linspace(-0.5, 0.5, len(r.tokens))
+    model.zero_grad()
+    metrics = dapo.accumulate_gradients(model, responses)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), metrics
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_does_not_depend_on_micro_batches_or_order(mode, filtered, make_folder, set_constants):
+    set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.01, MICRO_BATCH_TOKENS=100000)
+    model, _ = dapo.load_model(make_folder())
+    responses = [r for group in make_groups() for r in group if not (filtered and r.truncated)]
+    whole, metrics = gradient(model, responses)
+    assert whole.norm() > 0.1
+
+    for order in range(3):
+        random.Random(order).shuffle(responses)
+        set_constants(MICRO_BATCH_TOKENS=[256, 40, 1][order], LOGITS_CHUNK=[2**27, 1000, 1][order])
+        cut, cut_metrics = gradient(model, responses)
+        assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
+        for name, value in metrics.items():
+            assert float(cut_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_is_that_of_a_plain_loop(mode, make_folder, set_constants):
+    """Against full logits, one response at a time, with every formula written out."""
+    set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.02, KL_COEF=0.3, TEMPERATURE=0.8, MICRO_BATCH_TOKENS=64)
+    model, _ = dapo.load_model(make_folder())
+    base, _ = dapo.load_model(make_folder(seed=5))
+    responses = [r for group in make_groups() for r in group]
+    dapo.store_log_probs(base, responses, "base_log_probs")
+    ours, _ = gradient(model, responses)
+
+    model.zero_grad()
+    all_tokens, terms = sum(len(r.tokens) for r in responses), []
+    for r in responses:
+        ids = torch.cat([r.question.prompt, r.tokens])[None]
+        start, losses = len(r.question.prompt) - 1, []
+        now = torch.log_softmax(model(ids).logits[0] / 0.8, -1)
+        with torch.no_grad():
+            then = torch.log_softmax(base(ids).logits[0] / 0.8, -1)
+        for t, token in enumerate(r.tokens):
+            log_prob = now[start + t, token]
+            ratio = torch.exp(log_prob - r.old_log_probs[t])
+            clipped = min(max(ratio, 1 - dapo.CLIP_RANGE_LOW), 1 + dapo.CLIP_RANGE_HIGH)
+            objective = min(ratio * r.advantage, clipped * r.advantage)
+            entropy = -sum(p.exp() * p for p in now[start + t])
+            log_r = then[start + t, token] - log_prob
+            losses.append(-objective - 0.02 * entropy + 0.3 * (log_r.exp() - 1 - log_r))
+        weight = {
+            "token-mean": 1 / all_tokens,
+            "seq-mean-token-sum": 1 / len(responses),
+            "seq-mean-token-mean": 1 / len(responses) / len(losses),
+        }[mode]
+        terms.append(sum(losses) * weight)
+    sum(terms).backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert ((ours - plain).norm() / plain.norm()).item() < 1e-5
+
+
+def test_first_ratio_is_one(make_folder, set_constants, monkeypatch):
+    """Both without old log-probs, and with those of a separate pass over other micro-batches."""
+    model, _ = dapo.load_model(make_folder())
+    ratios, real = [], dapo.policy_loss
+
+    def spy(log_probs, old_log_probs, advantages):
+        ratios.append((log_probs - old_log_probs).exp().detach())
+        return real(log_probs, old_log_probs, advantages)
+
+    monkeypatch.setattr(dapo, "policy_loss", spy)
+    responses = [r for group in make_groups() for r in group]
+    for r in responses:
+        r.advantage = 1.0
+    set_constants(MICRO_BATCH_TOKENS=50)
+    dapo.store_log_probs(model, responses[4:], "old_log_probs")
+    set_constants(MICRO_BATCH_TOKENS=300)
+    dapo.accumulate_gradients(model, responses)
+    assert max((ratio - 1).abs().max().item() for ratio in ratios) < 1e-4
+
+
+def test_end_token_is_trained_and_padding_is_not(make_folder):
+    """With pad == end: the logits' gradient is at the response's tokens, the end token's included, and nowhere else."""
+    model, tokenizer = dapo.load_model(make_folder(pad=None))
+    end = tokenizer.eos_token_id
+    short, long = response(tokens=[7, 8, end]), response(tokens=[7, 8, 9, 10, 11, end])
+    model.zero_grad()
+    log_probs, _, mask = dapo.score(model, [short, long])
+    log_probs.retain_grad()
+    dapo.aggregate_loss(-log_probs, mask, "token-mean").backward()
+    expected = torch.tensor([[1.0] * 3 + [0.0] * 3, [1.0] * 6]) / -9
+    torch.testing.assert_close(log_probs.grad, expected)
+
+
+def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, set_constants):
+    set_constants(USE_OVERLONG_FILTERING=True, MINI_BATCHES=1, LEARNING_RATE=1e-3)
+    groups = make_groups()
+    expected = dapo.group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    model, _ = dapo.load_model(make_folder())
+    optimizer = torch.optim.AdamW(model.parameters())
+    dapo.update(model, None, optimizer, groups, 1)
+    for group, row in zip(groups, expected):
+        assert [r.advantage for r in group] == pytest.approx(row.tolist())
+        assert [r.old_log_probs is None for r in group] == [False, False, False, True]
+
+    before = [p.clone() for p in model.parameters()]
+    for group in groups:
+        for r in group:
+            r.truncated = True
+    assert dapo.update(model, None, optimizer, groups, 1) == {}
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+def test_infinite_gradient_changes_nothing(make_folder, set_constants, capsys):
+    set_constants(MINI_BATCHES=1)
+    model, _ = dapo.load_model(make_folder())
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = [p.clone() for p in model.parameters()]
+    groups = make_groups()
+    groups[0][0].reward = math.inf
+    dapo.update(model, None, optimizer, groups, 3)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+    assert "step 3: an update was skipped" in capsys.readouterr().out
+
+
+class Ones(torch.nn.Module):
+    def forward(self, input_ids, use_cache):
+        return BaseModelOutputWithPast(last_hidden_state=torch.ones(*input_ids.shape, 1))
+
+
+class TwoTokens(torch.nn.Module):
+    """A policy over two tokens that heeds nothing: π = softmax(w)."""
+
+    config, device = SimpleNamespace(vocab_size=2), torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.base_model, self.lm_head = Ones(), torch.nn.Linear(1, 2, bias=False)
+
+    def forward(self, inputs_embeds, use_cache):
+        return CausalLMOutputWithPast(logits=self.lm_head(self.base_model().last_hidden_state))
+
+
+def test_whole_update_by_hand(set_constants, monkeypatch):
+    """Two optimizer steps of AdamW on two tokens, in plain Python's float64, with clips at both ends at work."""
+    set_constants(
+        LEARNING_RATE=0.4, WARMUP_STEPS=4, WEIGHT_DECAY=0.1, MAX_GRAD_NORM=0.05, MINI_BATCHES=2, DAPO_EPOCHS=2,
+        CLIP_RANGE_LOW=0.02, CLIP_RANGE_HIGH=0.03, LOSS_AGG_MODE="token-mean", TEMPERATURE=1.0, MICRO_BATCH_TOKENS=12,
+        KL_COEF=0.0, ENTROPY_COEF=0.0, USE_OVERLONG_FILTERING=False,
+    )  # fmt: skip
+    answers, rewards = [[0, 1], [1], [0, 0, 1], [1, 0, 1]], [1.0, -1.0, 0.5, -1.5]
+    model = TwoTokens()
+    model.lm_head.weight.data = torch.tensor([[0.3], [-0.2]])
+    optimizer = torch.optim.AdamW(model.parameters(), dapo.LEARNING_RATE, weight_decay=dapo.WEIGHT_DECAY)
+    monkeypatch.setattr(random, "shuffle", lambda items: None)
+    group = [response(float(r > 0), r, tokens) for tokens, r in zip(answers, rewards)]
+    metrics = dapo.update(model, None, optimizer, [group], 2)
+
+    mean = sum(rewards) / 4
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
+    advantages = [(r - mean) / (std + 1e-6) for r in rewards]
+    w, m, v = [0.3, -0.2], [0.0, 0.0], [0.0, 0.0]
+    rate, held, norms, losses = 0.4 * 2 / 4, {"low": 0, "high": 0}, [], []
+
+    def policy(w):
+        total = math.exp(w[0]) + math.exp(w[1])
+        return [math.exp(w[0]) / total, math.exp(w[1]) / total]
+
+    old = policy(w)
+    for k, batch in enumerate([[0, 2], [1, 3], [0, 2], [1, 3]], 1):
+        now, grad, loss = policy(w), [0.0, 0.0], 0.0
+        count = sum(len(answers[i]) for i in batch)
+        for i in batch:
+            for token in answers[i]:
+                ratio, advantage = now[token] / old[token], advantages[i]
+                clipped = min(max(ratio, 0.98), 1.03)
+                loss -= min(ratio * advantage, clipped * advantage) / count
+                if advantage > 0 and ratio > 1.03 or advantage < 0 and ratio < 0.98:
+                    held["high" if advantage > 0 else "low"] += 1
+                else:  # d loss / d w_j = -A ρ (1[j = token] - π_j)
+                    for j in range(2):
+                        grad[j] -= advantage * ratio * ((j == token) - now[j]) / count
+        norm = math.hypot(*grad)
+        grad = [g * min(1.0, 0.05 / (norm + 1e-6)) for g in grad]
+        norms.append(norm * count)
+        losses.append(loss * count)
+        for j in range(2):
+            m[j], v[j] = 0.9 * m[j] + 0.1 * grad[j], 0.999 * v[j] + 0.001 * grad[j] ** 2
+            w[j] -= rate * 0.1 * w[j]
+            w[j] -= rate * (m[j] / (1 - 0.9**k)) / (math.sqrt(v[j] / (1 - 0.999**k)) + 1e-8)
+
+    assert model.lm_head.weight.flatten().tolist() == pytest.approx(w, abs=1e-5)
+    assert held["low"] > 0 and held["high"] > 0
+    assert metrics["clip_fraction/low"] == pytest.approx(held["low"] / 18)
+    assert metrics["clip_fraction/high"] == pytest.approx(held["high"] / 18)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 18, abs=1e-5)
+    assert metrics["policy_loss"] == pytest.approx(sum(losses) / 18, abs=1e-5)
