@@ -7,7 +7,7 @@ The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 
 
     1. sample   GROUP_SIZE responses to each of BATCH_SIZE questions, and judge their final answers by rule (eq. 7)
     2. filter   drop the groups that are all right or all wrong, and sample new questions in their place (eq. 11)
-    3. shape    take up to 1 off the reward of a response that comes close to the length limit (eq. 13)
+    3. shape    take something off the reward of a response that comes close to the length limit (eq. 13)
     4. compare  each reward with its own group's: that is the advantage, no value network needed (eq. 9)
     5. update   the policy by PPO's clipped objective, with more room upwards than downwards (eq. 10), averaged over
                 tokens and not over responses (eq. 12)
@@ -43,14 +43,15 @@ EVAL_DATASETS = [  # held-out questions, in the same form
 ]
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
-SEED = 0  # of everything random
+DEVICE = ""  # cpu, cuda or mps; empty: the best there is
+SEED = 0  # of every random choice
 
 # Length of the run
 NUM_STEPS: int | None = 60  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
 EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
-SAVE_EVERY = 0  # steps between saved models; 0: only at the end of the run and of each epoch
+SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 
 # Sampling
 BATCH_SIZE = 32  # questions a step
@@ -63,7 +64,7 @@ DECODE_STAGE = 16  # tokens decoded before the responses that have ended leave t
 USE_DYNAMIC_SAMPLING = True  # replace groups that are all right or all wrong (GRPO: False)
 MAX_GEN_BATCHES = 10  # rounds of sampling a step at most, of up to BATCH_SIZE questions each
 RETRY_SAME_QUESTION = False  # replace such a group by a new try at its question, which is not the paper's way
-SKIP_EVEN_EPOCHS = 0  # epochs for which the question of such a group is passed over
+REST_EPOCHS = 0  # epochs in which the question of such a group is not asked again
 
 # Overlong responses
 OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit in which the punishment grows; 0: none (GRPO: 0)
@@ -71,8 +72,8 @@ OVERLONG_PENALTY_FACTOR = 1.0  # reward taken off at the limit
 USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but in their group's baseline
 
 # Loss
-CLIP_RANGE_LOW = 0.2  # a token's probability ratio pushes down as far as 1 - this
-CLIP_RANGE_HIGH = 0.28  # and up as far as 1 + this (GRPO: 0.2)
+CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its probability has fallen to 1 - this times the old one
+CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until it has risen to 1 + this (GRPO: 0.2)
 LOSS_AGG_MODE = "token-mean"  # or seq-mean-token-sum, or seq-mean-token-mean (GRPO)
 KL_COEF = 0.0  # weight of the divergence from the base model (GRPO: above 0)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
@@ -83,9 +84,9 @@ WARMUP_STEPS = 5  # steps in which the learning rate rises to it
 WEIGHT_DECAY = 0.1  # of AdamW
 MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
 DAPO_EPOCHS = 1  # passes over each batch
-MINI_BATCHES = 16  # optimizer steps in one pass
+MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
 MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, prompts and padding included
-LOGITS_CHUNK = 2**27  # logits in memory at a time: 0.5 GiB
+LOGITS_CHUNK = 2**26  # logits made at a time: 0.25 GiB, and about 6 times that while they are worked on
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
@@ -96,7 +97,7 @@ class Question:
     answer: str  # the ground truth
     source: str  # its data set's path
     prompt: torch.Tensor  # (P,) token ids, as the model reads them
-    rests: int = 0  # epochs in which it is still to be passed over
+    rests: int = 0  # epochs in which it is still not to be asked
 
 
 def question_stream(questions):
@@ -117,10 +118,10 @@ def load_model(path):
 
     At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
     and only the arithmetic is bf16, on CUDA. A checkpoint's generation_config (top_k, repetition_penalty, ...) would
-    leak into `generate`, which would then sample another distribution than the one scored: it is put aside until saved.
+    leak into `generate`, which would then sample another distribution than the one scored: save_model writes it back.
     """
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = record.from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).to(device)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = record.from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).to(DEVICE or best)
     tokenizer = record.from_pretrained(AutoTokenizer, path)
     own = model.own_generation_config = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
@@ -201,13 +202,13 @@ def judge(question, tokens, text, truncated):
 def collect_groups(model, tokenizer, stream):
     """Groups with 0 < right answers < GROUP_SIZE, sampled until there are BATCH_SIZE of them (eq. 11).
 
-    Each round draws new questions, as many as are missing by the share of groups kept so far. Gives the groups to train
-    on, all groups sampled, and the number of rounds. Groups are fewer after MAX_GEN_BATCHES rounds or at the end of the
-    data; those over BATCH_SIZE are not saved for the next step, whose policy is another.
+    Each round draws new questions, as many as are missing by the share of groups kept so far. Returns the groups to
+    train on, all groups sampled, and the number of rounds. Groups are fewer after MAX_GEN_BATCHES rounds or at the end
+    of the data; those over BATCH_SIZE are not saved for the next step, whose policy is another.
     """
     kept, sampled, again, rounds = [], [], [], 0
     while len(kept) < BATCH_SIZE and rounds < MAX_GEN_BATCHES:
-        keep_rate = (len(kept) + 1) / (len(sampled) + 1)
+        keep_rate = (len(kept) + 1) / (len(sampled) + 1)  # never 0
         wanted = min(BATCH_SIZE, math.ceil((BATCH_SIZE - len(kept)) / keep_rate))
         questions = again or list(itertools.islice(stream, wanted))
         if not questions:
@@ -216,17 +217,16 @@ def collect_groups(model, tokenizer, stream):
         sampled, rounds = sampled + groups, rounds + 1
         if not USE_DYNAMIC_SAMPLING:
             return groups, sampled, rounds
-        kept += [group for group in groups if not is_even(group)]
-        even = [group[0].question for group in groups if is_even(group)]
-        for question in even:
-            question.rests = SKIP_EVEN_EPOCHS
-        again = even if RETRY_SAME_QUESTION else []
+        kept += [group for group in groups if not all_alike(group)]
+        for group in groups:
+            group[0].question.rests = REST_EPOCHS if all_alike(group) else 0
+        again = [group[0].question for group in groups if all_alike(group)] if RETRY_SAME_QUESTION else []
     return kept[:BATCH_SIZE], sampled, rounds
 
 
-def is_even(group):
-    """All right or all wrong, so that none is an example to the others. Accuracy decides, not the shaped reward: the
-    overlong penalty makes a difference between wrong answers too, but not one worth learning."""
+def all_alike(group):
+    """All right or all wrong, so that no response is an example to the others. Accuracy decides, not the shaped reward:
+    the overlong penalty makes a difference between wrong answers too, but not one worth learning."""
     return len({response.accuracy for response in group}) == 1
 
 
@@ -310,16 +310,16 @@ def token_log_probs(model, prompts, responses):
     targets = torch.cat(list(responses)).to(model.device)  # (N,)
     size = max(1, LOGITS_CHUNK // model.config.vocab_size)
     chunks = zip(hidden.split(size), targets.split(size))
-    scores = [checkpoint(score_chunk, model, decoded, *chunk, use_reentrant=False) for chunk in chunks]
-    log_probs, entropy = (pad_sequence(torch.cat(parts).split(lengths), True) for parts in zip(*scores))
+    parts = [checkpoint(chunk_log_probs, model, decoded, *chunk, use_reentrant=False) for chunk in chunks]
+    log_probs, entropy = (pad_sequence(torch.cat(values).split(lengths), True) for values in zip(*parts))
     return log_probs, entropy, pad_sequence([torch.ones(length, device=model.device) for length in lengths], True)
 
 
-def score_chunk(model, decoded, hidden, targets):
+def chunk_log_probs(model, decoded, hidden, targets):
     """(N, H) hidden states, (N,) token ids → log-probabilities and full-vocabulary entropies, (N,) each.
 
-    The head is the model's own forward, its decoder replaced by one that hands on `hidden`: what a model does to its
-    logits after the last layer (Gemma 2 caps them, Granite scales them) is done here too.
+    The head is the model's own forward, its decoder replaced by one that hands on `hidden`. The last layer alone would
+    miss what some models do to their logits after it: Gemma 2 caps them, Granite scales them.
     """
     decoder = model.base_model
     decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
@@ -350,7 +350,7 @@ def total_length(response):
     return len(response.question.prompt) + len(response.tokens)
 
 
-def score(model, batch):
+def batch_log_probs(model, batch):
     return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
 
 
@@ -358,7 +358,7 @@ def score(model, batch):
 def store_log_probs(model, responses, name):
     """Sets `name`, old_log_probs or base_log_probs, of each response."""
     for batch in micro_batches(responses):
-        for response, log_probs in zip(batch, score(model, batch)[0]):
+        for response, log_probs in zip(batch, batch_log_probs(model, batch)[0]):
             setattr(response, name, log_probs[: len(response.tokens)])
 
 
@@ -366,7 +366,7 @@ def store_log_probs(model, responses, name):
 
 
 def accumulate_gradients(model, mini_batch):
-    """Adds up the gradients of one optimizer step, micro-batch by micro-batch. Gives metrics as sums over tokens.
+    """Adds up the gradients of one optimizer step, micro-batch by micro-batch. Returns metrics as sums over tokens.
 
     Each micro-batch is divided by the count of the whole mini-batch. In a mean of means, the weight of a token would
     depend on the company it happened to be put in.
@@ -375,18 +375,18 @@ def accumulate_gradients(model, mini_batch):
     denominator = tokens if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
     sums = Counter(tokens=tokens)
     for batch in micro_batches(mini_batch):
-        log_probs, entropy, mask = score(model, batch)  # (B, T) each
+        log_probs, entropy, mask = batch_log_probs(model, batch)  # (B, T) each
         for response, now in zip(batch, log_probs.detach()):
             if response.old_log_probs is None:  # this very policy sampled it: its ratio is 1
                 response.old_log_probs = now[: len(response.tokens)]
         old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
         advantages = torch.tensor([response.advantage for response in batch], device=model.device)  # (B,)
-        losses = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages), "entropy_loss": -entropy}
+        token_losses = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages), "entropy_loss": -entropy}
         if KL_COEF:
-            losses["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in batch], True))
-        losses = {name: aggregate_loss(loss, mask, LOSS_AGG_MODE, denominator) for name, loss in losses.items()}
-        loss = losses["policy_loss"] + ENTROPY_COEF * losses["entropy_loss"] + KL_COEF * losses.get("kl", 0.0)
-        loss.backward()
+            token_losses["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in batch], True))
+        losses = {name: aggregate_loss(loss, mask, LOSS_AGG_MODE, denominator) for name, loss in token_losses.items()}
+        weights = {"policy_loss": 1.0, "entropy_loss": ENTROPY_COEF, "kl": KL_COEF}
+        sum(weights[name] * loss for name, loss in losses.items()).backward()
 
         low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages)
         per_token = {"entropy": entropy.detach(), "clip_fraction/low": low, "clip_fraction/high": high}
@@ -396,7 +396,7 @@ def accumulate_gradients(model, mini_batch):
 
 
 def update(model, base, optimizer, groups, step):
-    """Trains the model on groups of responses: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Gives the metrics."""
+    """Trains the model on groups of responses: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Returns the metrics."""
     advantages = group_advantages(torch.tensor([[response.reward for response in group] for group in groups]))
     responses = list(itertools.chain(*groups))
     for response, advantage in zip(responses, advantages.flatten().tolist()):
@@ -404,23 +404,26 @@ def update(model, base, optimizer, groups, step):
     if USE_OVERLONG_FILTERING:
         responses = [response for response in responses if not response.truncated]
     random.shuffle(responses)
-    mini_batches = [responses[i::MINI_BATCHES] for i in range(min(MINI_BATCHES, len(responses)))]
-    # Old log-probabilities are from before the first optimizer step. The first mini-batch finds its own in its loss.
+    count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer of them for fewer responses
+    mini_batches = [responses[i::count] for i in range(count)]
+    # Old log-probabilities are those from before the first optimizer step. The first mini-batch is still scored by that
+    # very policy in its own forward pass (accumulate_gradients), the others are scored here.
     store_log_probs(model, list(itertools.chain(*mini_batches[1:])), "old_log_probs")
     if KL_COEF:
         store_log_probs(base, responses, "base_log_probs")
 
-    optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
+    learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
     sums = Counter()
     for mini_batch in mini_batches * DAPO_EPOCHS:
-        sums.update(part := accumulate_gradients(model, mini_batch))
+        part = accumulate_gradients(model, mini_batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if grad_norm.isfinite():
             optimizer.step()
+            part["grad_norm"], part["learning_rate"] = grad_norm * part["tokens"], learning_rate * part["tokens"]
+            sums.update(part)
         else:
             record.say(f"step {step}: an update was skipped, its gradient is {grad_norm.item()}")
         optimizer.zero_grad()
-        sums["grad_norm"] += grad_norm * part["tokens"]
     tokens = sums.pop("tokens", 0)
     return {name: float(value) / tokens for name, value in sums.items()}
 
@@ -448,10 +451,9 @@ def train():
         metrics = record.sampling_metrics(groups, sampled, rounds, sampling_ends - start)
         changes = update(model, base, optimizer, groups, step) if groups else {}
         if not changes:
-            record.say(f"step {step}: no update, for there is nothing to learn from in {len(sampled)} groups")
+            record.say(f"step {step}: no update, there is nothing to learn from in {len(sampled)} groups")
         metrics |= changes
         metrics |= {"time/update": time.perf_counter() - sampling_ends, "time/step": time.perf_counter() - start}
-        metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
         if step % EVAL_EVERY == 0:
             metrics |= evaluate(model, tokenizer, held_out)
         record.write(run, step, metrics, sampled)
@@ -479,6 +481,8 @@ def load_questions(data, tokenizer):
                 ids = tokenizer(messages[-1]["content"])["input_ids"]
             questions.append(Question(messages[-1]["content"], str(answer), source["path"], torch.tensor(ids)))
     short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
+    if not short:
+        record.fail(f"none of {len(questions)} questions is of at most MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH} tokens")
     if len(short) < len(questions):
         record.say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
     return short
@@ -503,7 +507,7 @@ def evaluate(model, tokenizer, questions):
 
 
 def ask(model, tokenizer, questions, group_size, greedy=False):
-    """sample_groups, with no more responses at a time than in training."""
+    """sample_groups, for any number of questions: with no more of them at a time than fit in a batch of training."""
     size = max(1, BATCH_SIZE * GROUP_SIZE // group_size)
     parts = [questions[first : first + size] for first in range(0, len(questions), size)]
     return [group for part in parts for group in sample_groups(model, tokenizer, part, group_size, greedy)]

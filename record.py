@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import functools
 import math
 import sqlite3
 import sys
@@ -18,8 +19,9 @@ from transformers.utils import logging
 
 
 def say(message):
-    """One line for the reader of the screen, that leaves the progress bar whole."""
-    tqdm.write(message)
+    """Prints a line without breaking the progress bar, whatever characters the terminal lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(message.encode(encoding, "replace").decode(encoding))
 
 
 def fail(message) -> NoReturn:
@@ -210,7 +212,7 @@ def read_metrics(folder):
 
 
 def draw(folder):
-    """Draws training_metrics.png of the run in a folder; gives its path."""
+    """Draws training_metrics.png of the run in a folder; returns its path."""
     curves = read_metrics(folder)
     figure = Figure(figsize=(15, 9), layout="constrained")
     figure.suptitle(str(folder))
@@ -246,7 +248,7 @@ def save_model(run, model, tokenizer, name, constants):
 
 def script_as_run(constants):
     """The source of dapo.py with the values that its constants have in this run."""
-    source = Path(constants["__file__"]).read_text(encoding="utf-8")
+    source = read_source(constants["__file__"])
     lines = source.splitlines(keepends=True)
     for name, node in reversed(assignments(source).items()):
         if eval(ast.unparse(node.value)) != constants[name]:
@@ -271,6 +273,12 @@ COMMANDS = ("train", "eval", "plot")
 OPTIONAL = {"NUM_STEPS": int}  # constants that may be None, and their type otherwise
 
 
+@functools.cache
+def read_source(path):
+    """Read once, at the start: by the end of a run its author may have edited the file."""
+    return Path(path).read_text(encoding="utf-8")
+
+
 def assignments(source):
     """{name: its syntax node} of the constants at the top level of dapo.py's source."""
     found = {}
@@ -282,8 +290,8 @@ def assignments(source):
 
 
 def read_command_line(argv, constants):
-    """Sets `constants`, dapo.py's globals, from the command line; gives the command and the folders it names."""
-    words = []
+    """Sets `constants`, dapo.py's globals, from the command line; returns the command and the folders it names."""
+    words, known = [], assignments(read_source(constants["__file__"]))
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
             print(USAGE + "\n".join(help_lines(constants)))
@@ -292,9 +300,9 @@ def read_command_line(argv, constants):
             name, equals, text = argument.lstrip("-").partition("=")
             if not equals:
                 fail(f"{argument} has no value: write {argument}=VALUE")
-            set_constant(constants, name, parse(text, constants.get(name)), text)
+            set_constant(constants, known, name, parse(text, constants.get(name)), text)
         elif argument.endswith(".py"):
-            run_recipe(argument, constants)
+            run_recipe(argument, constants, known)
         else:
             words.append(argument)
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
@@ -314,7 +322,7 @@ def parse(text, current):
         return text
 
 
-def run_recipe(path, constants):
+def run_recipe(path, constants, known):
     try:
         source = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -323,12 +331,11 @@ def run_recipe(path, constants):
     exec(compile(source, path, "exec"), settings)
     for name, value in settings.items():
         if name.isupper():
-            set_constant(constants, name, value, repr(value))
+            set_constant(constants, known, name, value, repr(value))
 
 
-def set_constant(constants, name, value, text):
-    """Sets one constant, provided that it exists and that the value has its type."""
-    known = assignments(Path(constants["__file__"]).read_text(encoding="utf-8"))
+def set_constant(constants, known, name, value, text):
+    """Sets one constant, provided that it is known and that the value has its type."""
     if name not in known:
         close = difflib.get_close_matches(name.upper(), known, 1)
         fail(f"there is no constant {name}" + (f"; did you mean {close[0]}?" if close else "; --help lists them"))
@@ -347,9 +354,7 @@ AT_LEAST_ONE = (
     "MAX_PROMPT_LENGTH NUM_EPOCHS EVAL_EVERY EVAL_SAMPLES BATCH_SIZE MAX_RESPONSE_LENGTH DECODE_STAGE MAX_GEN_BATCHES "
     "DAPO_EPOCHS MINI_BATCHES MICRO_BATCH_TOKENS LOGITS_CHUNK"
 ).split()
-NOT_NEGATIVE = (
-    "SAVE_EVERY SKIP_EVEN_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS WEIGHT_DECAY".split()
-)
+NOT_NEGATIVE = "SAVE_EVERY REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS WEIGHT_DECAY".split()
 POSITIVE = "TEMPERATURE LEARNING_RATE MAX_GRAD_NORM CLIP_RANGE_HIGH".split()
 
 
@@ -357,10 +362,12 @@ def check(constants):
     """Refuses values that no run can have."""
     c, limit = constants, constants["MAX_RESPONSE_LENGTH"]
     rules = [
+        ("DEVICE", c["DEVICE"] in ("", "cpu", "cuda", "mps"), "cpu, cuda or mps, or empty"),
         *[(name, c[name] >= 1, "at least 1") for name in AT_LEAST_ONE],
         *[(name, 0 <= c[name] < math.inf, "at least 0") for name in NOT_NEGATIVE],
         *[(name, 0 < c[name] < math.inf, "more than 0") for name in POSITIVE],
         ("NUM_STEPS", c["NUM_STEPS"] is None or c["NUM_STEPS"] >= 1, "at least 1, or None"),
+        ("MINI_BATCHES", c["MINI_BATCHES"] <= c["BATCH_SIZE"] * c["GROUP_SIZE"], "at most BATCH_SIZE x GROUP_SIZE"),
         ("GROUP_SIZE", c["GROUP_SIZE"] >= 2, "at least 2: a response is compared with the others of its group"),
         ("CLIP_RANGE_LOW", 0 < c["CLIP_RANGE_LOW"] < 1, "between 0 and 1"),
         ("LOSS_AGG_MODE", c["LOSS_AGG_MODE"] in MODES, f"one of {', '.join(MODES)}"),
@@ -373,7 +380,7 @@ def check(constants):
 
 def help_lines(constants):
     """The constants of dapo.py under their headings, with the values they have now and their comments."""
-    source = Path(constants["__file__"]).read_text(encoding="utf-8")
+    source = read_source(constants["__file__"])
     starts = {node.lineno: name for name, node in assignments(source).items()}
     for number, line in enumerate(source.splitlines(), 1):
         if number in starts:

@@ -26,7 +26,7 @@ def extract_answer(text):
         answer = inside_braces(after)
     else:
         answer = after.lstrip(" \t*:：").partition("\n")[0]
-    answer = answer.strip().strip("*$").strip()
+    answer = answer.strip().rstrip(".").strip("*$ ").rstrip(".")
     return answer or None
 
 
@@ -50,6 +50,8 @@ def answers_match(prediction, ground_truth):
 
 def as_number(answer):
     """The Fraction that `1,234`, `-0.5`, `$7`, `7.` or `1/2` writes, or None."""
+    if len(answer) > 1000:  # int() refuses thousands of digits
+        return None
     parts = answer.replace("$", "").strip().split("/")
     if len(parts) > 2 or not all(NUMBER.fullmatch(part.strip()) for part in parts):
         return None

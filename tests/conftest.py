@@ -6,6 +6,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import dapo  # noqa: E402  (first: datasets has to come before torch on Windows)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import (  # noqa: E402
@@ -19,8 +20,7 @@ from transformers import (  # noqa: E402
 )
 from transformers import AutoModelForCausalLM as Auto  # noqa: E402
 
-import dapo  # noqa: E402
-
+dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
 
 SIZES = dict(

@@ -30,7 +30,9 @@ def test_overlong_penalty_by_hand(length, penalty):
         ("#### 3\nNo, wait.\n#### 4", "4"),
         (r"so it is \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{1}, then \boxed {2}", "2"),
-        ("Answer: 34.", "34."),
+        ("Answer: 34.", "34"),
+        ("the answer is **34**.", "34"),
+        ("**Answer: 34.**", "34"),
         ("**Answer:** 34", "34"),
         ("The final answer is $7$", "7"),
         ("the answer is: 7\nand more", "7"),
@@ -69,6 +71,8 @@ def test_extract_answer(text, answer):
         ("B", "C", False),
         ("1_000", "1000", False),
         ("1,23", "123", False),
+        ("3" * 5000, "34", False),
+        ("1." + "3" * 5000, "4/3", False),
     ],
 )
 def test_answers_match(one, other, same):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, question, response
 from PIL import Image
 
 import dapo
@@ -43,6 +43,7 @@ def settings(data, make_folder, tmp_path):
             TRAIN_DATASETS=source,
             EVAL_DATASETS=source,
             OUTPUT_DIR=tmp_path / "run",
+            DEVICE="cpu",
             NUM_STEPS=2,
             EVAL_EVERY=2,
             BATCH_SIZE=3,
@@ -108,10 +109,12 @@ def test_a_run_leaves_its_record(main, settings, lottery, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 of 12 questions are over MAX_PROMPT_LENGTH" in said and "Tom has 10 apples." in said
 
-    # the script that made it holds the values of this run, and runs
+    # the script that made it holds the values of this run, and runs beside reward.py and record.py
     script = (run / "step_2/train_script.py").read_text()
     assert "KL_COEF = 0.01  # weight" in script and "MAX_RESPONSE_LENGTH = 8  #" in script
-    assert compile(script, "train_script.py", "exec")
+    program = [sys.executable, str(run / "step_2/train_script.py"), "--help"]
+    listed = subprocess.run(program, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout
+    assert "--KL_COEF=0.01 " in listed and f"--OUTPUT_DIR={run} " in listed
 
 
 def test_weights_move_only_where_there_is_something_to_learn(main, settings, lottery, set_constants, tmp_path, capsys):
@@ -171,10 +174,33 @@ def test_without_num_steps_it_goes_through_the_data(main, settings, set_constant
 def test_data_of_every_form_give_the_same_questions(name, kind, columns, data, tokenizer):
     source = {"path": str(data / "q.parquet"), "type": "parquet", "input": "question", "output": "answer"}
     other = {"path": str(data / name), "type": kind, "input": columns[0], "output": columns[1]}
-    for one, same in zip(dapo.load_questions([source], tokenizer), dapo.load_questions([other], tokenizer)):
+    questions, others = dapo.load_questions([source], tokenizer), dapo.load_questions([other], tokenizer)
+    assert len(questions) == len(others) == 10
+    for one, same in zip(questions, others):
         assert one.text == same.text and one.answer.removeprefix("#### ") == same.answer.removeprefix("#### ")
         assert torch.equal(one.prompt, same.prompt)
         assert tokenizer.decode(one.prompt) == f"<|user|>{one.text}<|assistant|>"
+
+
+def test_evaluation_by_hand(set_constants):
+    """Four questions, of which 0, 1, 2 and 3 of three samples are right; greedily, the last two."""
+    set_constants(EVAL_SAMPLES=3)
+
+    def scripted(model, tokenizer, questions, group_size, greedy=False):
+        right = [[0.0], [0.0], [1.0], [1.0]] if greedy else [[0, 0, 0], [0, 1, 0], [1, 0, 1], [1, 1, 1]]
+        return [[response(accuracy, asked=q) for accuracy in row] for q, row in zip(questions, right)]
+
+    set_constants(sample_groups=scripted)
+    metrics = dapo.evaluate(None, None, [question(str(i)) for i in range(4)])
+    assert metrics == {"eval/accuracy": 0.5, "eval/avg@3": 0.5, "eval/pass@3": 0.75}
+
+
+def test_any_number_of_questions_is_asked_in_parts(set_constants):
+    set_constants(BATCH_SIZE=2, GROUP_SIZE=3)
+    sizes = []
+    set_constants(sample_groups=lambda model, tokenizer, part, *args: (sizes.append(len(part)), part)[1])
+    assert dapo.ask(None, None, list(range(7)), 2) == list(range(7)) and sizes == [3, 3, 1]
+    assert dapo.ask(None, None, list(range(3)), 10) == list(range(3)) and sizes[3:] == [1, 1, 1]
 
 
 def test_eval_and_plot(main, settings, make_folder, tmp_path, capsys):
@@ -215,6 +241,9 @@ def test_recipe_and_overrides_in_their_order(main, settings, tmp_path, capsys):
         (["--GROUP_SIZE=1"], "GROUP_SIZE=1 is out of range"),
         (["--LOSS_AGG_MODE=mean"], "LOSS_AGG_MODE=mean is out of range"),
         (["--TEMPERATURE=0"], "TEMPERATURE=0.0 is out of range"),
+        (["--MINI_BATCHES=257"], "MINI_BATCHES=257 is out of range"),
+        (["--DEVICE=gpu"], "DEVICE=gpu is out of range"),
+        (["--MAX_PROMPT_LENGTH=3"], "none of 6000 questions is of at most MAX_PROMPT_LENGTH=3 tokens"),
         (["--NUM_STEPS=0"], "NUM_STEPS=0 is out of range"),
         (["--OVERLONG_BUFFER_LENGTH=97"], "OVERLONG_BUFFER_LENGTH=97 is out of range"),
         (["missing_recipe.py"], "the recipe 'missing_recipe.py' cannot be read"),
@@ -248,9 +277,9 @@ def test_help_lists_every_constant_with_its_value_and_comment():
 
 
 def test_as_a_program_without_a_terminal(settings):
-    """In a process of its own: no bar, but plain lines, and nothing on the error stream."""
+    """In a process of its own: no bar, but plain lines."""
     done = subprocess.run(
         [sys.executable, "dapo.py", *settings, "--NUM_STEPS=5"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "step 5  accuracy 0.00  reward -" in done.stdout
-    assert done.stderr == ""
+    assert "training:" not in done.stderr and "Traceback" not in done.stderr

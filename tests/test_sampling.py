@@ -115,7 +115,7 @@ def test_retry_asks_the_same_questions_again(script, set_constants):
 
 
 def test_even_questions_rest_for_some_epochs(script, set_constants):
-    set_constants(SKIP_EVEN_EPOCHS=2)
+    set_constants(REST_EPOCHS=2)
     *_, drawn = script([0, 2, 2, 2, 2])
     set_constants(NUM_STEPS=None, NUM_EPOCHS=4)
     later = [asked.text for asked in dapo.question_stream(drawn)]

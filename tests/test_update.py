@@ -114,17 +114,97 @@ def test_first_ratio_is_one(make_folder, set_constants, monkeypatch):
     assert max((ratio - 1).abs().max().item() for ratio in ratios) < 1e-4
 
 
-def test_end_token_is_trained_and_padding_is_not(make_folder):
-    """With pad == end: the logits' gradient is at the response's tokens, the end token's included, and nowhere else."""
-    model, tokenizer = dapo.load_model(make_folder(pad=None))
+def test_end_token_is_trained_and_padding_is_not(make_folder, tokenizer, monkeypatch):
+    """With pad == end, the loss has a gradient at each token of a response, the last included, and nowhere else."""
+    model, tokenizer = dapo.load_model(make_folder(pad=tokenizer.eos_token_id))
     end = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = end
     short, long = response(tokens=[7, 8, end]), response(tokens=[7, 8, 9, 10, 11, end])
-    model.zero_grad()
-    log_probs, _, mask = dapo.score(model, [short, long])
-    log_probs.retain_grad()
-    dapo.aggregate_loss(-log_probs, mask, "token-mean").backward()
-    expected = torch.tensor([[1.0] * 3 + [0.0] * 3, [1.0] * 6]) / -9
-    torch.testing.assert_close(log_probs.grad, expected)
+    short.advantage = long.advantage = 2.0
+    seen, real = [], dapo.policy_loss
+
+    def spy(log_probs, *others):
+        log_probs.retain_grad()
+        seen.append(log_probs)
+        return real(log_probs, *others)
+
+    monkeypatch.setattr(dapo, "policy_loss", spy)
+    dapo.accumulate_gradients(model, [long, short])
+    expected = torch.tensor([[1.0] * 3 + [0.0] * 3, [1.0] * 6]) * -2 / 9
+    torch.testing.assert_close(seen[0].grad, expected, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_keep_to_their_budget(set_constants):
+    responses = [r for group in make_groups() for r in group]
+    set_constants(MICRO_BATCH_TOKENS=60)
+    batches = list(dapo.micro_batches(responses))
+    assert len(batches) > 1
+    for batch in batches:
+        assert len(batch) * max(map(dapo.total_length, batch)) <= 60
+    assert sorted(id(r) for batch in batches for r in batch) == sorted(map(id, responses))
+    set_constants(MICRO_BATCH_TOKENS=1)  # what is over the budget goes by itself
+    assert [len(batch) for batch in dapo.micro_batches(responses)] == [1] * len(responses)
+
+
+def test_logits_are_made_in_chunks(make_folder, tokenizer, set_constants, monkeypatch):
+    sizes, real = [], dapo.chunk_log_probs
+
+    def spy(model, decoded, hidden, targets):
+        sizes.append(len(hidden))
+        return real(model, decoded, hidden, targets)
+
+    monkeypatch.setattr(dapo, "chunk_log_probs", spy)
+    set_constants(LOGITS_CHUNK=5 * len(tokenizer) + 3)
+    model, _ = dapo.load_model(make_folder())
+    responses = [r for group in make_groups() for r in group]
+    with torch.no_grad():
+        dapo.batch_log_probs(model, responses)
+    assert max(sizes) == 5 and sum(sizes) == sum(len(r.tokens) for r in responses)  # response tokens, and no others
+
+
+def test_first_mini_batch_is_scored_once(make_folder, set_constants, monkeypatch):
+    set_constants(MINI_BATCHES=3, BATCH_SIZE=3, GROUP_SIZE=4)
+    stored, real = [], dapo.store_log_probs
+    monkeypatch.setattr(
+        dapo, "store_log_probs", lambda model, rs, name: (stored.append(len(rs)), real(model, rs, name))
+    )
+    model, _ = dapo.load_model(make_folder())
+    dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
+    assert stored == [8]
+
+
+def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_constants, monkeypatch):
+    set_constants(MINI_BATCHES=4, BATCH_SIZE=4, GROUP_SIZE=4)
+    sizes, real = [], dapo.accumulate_gradients
+    monkeypatch.setattr(dapo, "accumulate_gradients", lambda model, rs: (sizes.append(len(rs)), real(model, rs))[1])
+    model, _ = dapo.load_model(make_folder())
+    dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
+    assert sizes == [4, 4, 4]
+
+
+def test_kl_is_to_the_base_model(make_folder, set_constants):
+    set_constants(KL_COEF=0.1, MINI_BATCHES=1)
+    model, base = dapo.load_model(make_folder())[0], dapo.load_model(make_folder(seed=5))[0]
+    groups = make_groups()
+    with torch.no_grad():
+        responses = [r for group in groups for r in group]
+        (now, _, mask), (then, _, _) = dapo.batch_log_probs(model, responses), dapo.batch_log_probs(base, responses)
+    ratio = (then - now).exp()
+    expected = ((ratio - 1 - (then - now)) * mask).sum() / mask.sum()
+    metrics = dapo.update(model, base, torch.optim.AdamW(model.parameters()), groups, 1)
+    assert metrics["kl"] == pytest.approx(expected.item(), rel=1e-4) and expected > 0.1
+
+
+def test_in_bfloat16_as_on_cuda(make_folder, set_constants):
+    """Autocast by hand, since tests have no GPU: fp32 results and gradients, near those of fp32 arithmetic."""
+    model, _ = dapo.load_model(make_folder())
+    responses = [r for group in make_groups() for r in group]
+    exact, _ = gradient(model, responses)
+    set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+    rough, _ = gradient(model, responses)
+    assert rough.dtype == torch.float32 and 0 < ((rough - exact).norm() / exact.norm()).item() < 0.2
+    tokens = dapo.sample_tokens(model, [r.question.prompt for r in responses])
+    assert len(tokens) == len(responses)
 
 
 def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, set_constants):
@@ -153,9 +233,13 @@ def test_infinite_gradient_changes_nothing(make_folder, set_constants, capsys):
     before = [p.clone() for p in model.parameters()]
     groups = make_groups()
     groups[0][0].reward = math.inf
-    dapo.update(model, None, optimizer, groups, 3)
+    assert dapo.update(model, None, optimizer, groups, 3) == {}
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
     assert "step 3: an update was skipped" in capsys.readouterr().out
+
+    metrics = dapo.update(model, None, optimizer, make_groups(), 4)  # nothing of it is left behind
+    assert all(p.isfinite().all() for p in model.parameters()) and all(map(math.isfinite, metrics.values()))
+    assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
 class Ones(torch.nn.Module):
@@ -164,7 +248,7 @@ class Ones(torch.nn.Module):
 
 
 class TwoTokens(torch.nn.Module):
-    """A policy over two tokens that heeds nothing: π = softmax(w)."""
+    """A policy over two tokens that ignores its input: π = softmax(w)."""
 
     config, device = SimpleNamespace(vocab_size=2), torch.device("cpu")
 
@@ -177,11 +261,11 @@ class TwoTokens(torch.nn.Module):
 
 
 def test_whole_update_by_hand(set_constants, monkeypatch):
-    """Two optimizer steps of AdamW on two tokens, in plain Python's float64, with clips at both ends at work."""
+    """Four optimizer steps of AdamW on two tokens, in plain Python's float64, with clips at both ends at work."""
     set_constants(
         LEARNING_RATE=0.4, WARMUP_STEPS=4, WEIGHT_DECAY=0.1, MAX_GRAD_NORM=0.05, MINI_BATCHES=2, DAPO_EPOCHS=2,
         CLIP_RANGE_LOW=0.02, CLIP_RANGE_HIGH=0.03, LOSS_AGG_MODE="token-mean", TEMPERATURE=1.0, MICRO_BATCH_TOKENS=12,
-        KL_COEF=0.0, ENTROPY_COEF=0.0, USE_OVERLONG_FILTERING=False,
+        KL_COEF=0.0, ENTROPY_COEF=0.0, USE_OVERLONG_FILTERING=False, BATCH_SIZE=1, GROUP_SIZE=4,
     )  # fmt: skip
     answers, rewards = [[0, 1], [1], [0, 0, 1], [1, 0, 1]], [1.0, -1.0, 0.5, -1.5]
     model = TwoTokens()
