@@ -47,7 +47,7 @@ DEVICE = ""  # cpu, cuda or mps; empty: the best there is
 SEED = 0  # of every random choice
 
 # Length of the run
-NUM_STEPS: int | None = 60  # batches to train on; None: NUM_EPOCHS passes over the data
+NUM_STEPS: int | None = 40  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
 EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
