@@ -152,8 +152,8 @@ class Response:
 def sample_tokens(model, prompts, greedy=False):
     """One response to each prompt: B prompts of (P,) token ids → B responses of (T,), through the first end token.
 
-    `generate` goes on with every response until the last has ended. Called in stages, between which those that have
-    ended leave the batch and its cache, it does less than half the work when lengths differ.
+    `generate` goes on with every response until the last has ended. So it is called in stages, between which those that
+    have ended leave the batch and its cache.
     """
     policy = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)
     prompts = [prompt.to(model.device) for prompt in prompts]
