@@ -7,7 +7,7 @@ toy repeats that in small: a Qwen2 of 0.9 M parameters learns word problems from
 out an answer, few work it out, and some of those cannot stop checking what they have found. It blurts as they do, is
 mostly wrong where a problem has more than one operation, and could do far better.
 
-Everything written here is committed, so nobody has to run this. It takes about 15 minutes on 2 CPU cores.
+Everything written here is committed, so nobody has to run this. It takes about 17 minutes on 2 CPU cores.
 """
 
 import random
