@@ -419,13 +419,14 @@ def update(model, base, optimizer, groups, step):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if grad_norm.isfinite():
             optimizer.step()
-            part["grad_norm"], part["learning_rate"] = grad_norm * part["tokens"], learning_rate * part["tokens"]
-            sums.update(part)
+            sums.update(part, grad_norm=grad_norm * part["tokens"])
         else:
             record.say(f"step {step}: an update was skipped, its gradient is {grad_norm.item()}")
         optimizer.zero_grad()
-    tokens = sums.pop("tokens", 0)
-    return {name: float(value) / tokens for name, value in sums.items()}
+    if not sums:
+        return {}
+    tokens = sums.pop("tokens")
+    return {name: float(value) / tokens for name, value in sums.items()} | {"learning_rate": learning_rate}
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------

@@ -312,5 +312,6 @@ def test_whole_update_by_hand(set_constants, monkeypatch):
     assert held["low"] > 0 and held["high"] > 0
     assert metrics["clip_fraction/low"] == pytest.approx(held["low"] / 18)
     assert metrics["clip_fraction/high"] == pytest.approx(held["high"] / 18)
+    assert metrics["learning_rate"] == rate
     assert metrics["grad_norm"] == pytest.approx(sum(norms) / 18, abs=1e-5)
     assert metrics["policy_loss"] == pytest.approx(sum(losses) / 18, abs=1e-5)
