@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from reward import compute_score, overlong_penalty
+from reward import overlong_penalty
 
 # ---- Constants: read when a function runs, so that the command line, a recipe or grpo.py can set them ---------------
 
@@ -66,7 +66,8 @@ MAX_GEN_BATCHES = 10  # rounds of sampling a step at most, of up to BATCH_SIZE q
 RETRY_SAME_QUESTION = False  # replace such a group by a new try at its question, which is not the paper's way
 REST_EPOCHS = 0  # epochs in which the question of such a group is not asked again
 
-# Overlong responses
+# Reward
+REWARD = "reward.py:compute_score"  # path:function of what judges a response, with verl's signature
 OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit in which the punishment grows; 0: none (GRPO: 0)
 OVERLONG_PENALTY_FACTOR = 1.0  # reward taken off at the limit
 USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but in their group's baseline
@@ -185,13 +186,12 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     tokens = sample_tokens(model, [question.prompt for question in asked], greedy)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
-    responses = list(map(judge, asked, tokens, texts, truncated))
+    responses = list(map(reward_response, asked, tokens, texts, truncated, record.judge(REWARD, asked, texts)))
     return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
 
 
-def judge(question, tokens, text, truncated):
+def reward_response(question, tokens, text, truncated, verdict):
     """A Response with its reward: ±1 for the answer (eq. 7) and the soft overlong punishment (eq. 13)."""
-    verdict = compute_score(question.source, text, question.answer)
     penalty = overlong_penalty(len(tokens), MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR)
     return Response(question, tokens, text, truncated, float(verdict["acc"]), verdict["score"] + penalty)
 

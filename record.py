@@ -3,6 +3,8 @@
 import ast
 import difflib
 import functools
+import importlib.util
+import inspect
 import math
 import sqlite3
 import sys
@@ -73,6 +75,46 @@ def column(rows, source, role):
             fail(f"{source['path']!r} has no column {source[role]!r} for {role!r}; there are: {', '.join(names)}")
         values = values[part] if values is rows else [value[part] for value in values]
     return values
+
+
+# ---- Reward functions -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_reward(name):
+    """The function that REWARD names as `path:function`."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        fail(f"REWARD={name} names no function: write it as path:function, like reward.py:compute_score")
+    spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = sys.modules["reward_function"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        fail(f"REWARD={name}: there is no function {function!r} in {path!r}; there are: {', '.join(functions)}")
+    return getattr(module, function)
+
+
+def judge(name, questions, texts):
+    """A verdict {"score": number, "acc": number, ...} on each text by the reward function of that name.
+
+    It has the parameters of verl's reward functions (data_source, solution_str, ground_truth, extra_info), or of its
+    batch reward functions (the same in the plural), then lists. The question is extra_info["question"]. It may return
+    a plain number, which then is "acc" too.
+    """
+    function = load_reward(name)
+    asked = {
+        "data_source": [question.source for question in questions],
+        "solution_str": texts,
+        "ground_truth": [question.answer for question in questions],
+        "extra_info": [{"question": question.text} for question in questions],
+    }
+    if "solution_strs" in inspect.signature(function).parameters:
+        verdicts = function(**{f"{name}s": values for name, values in asked.items()})
+    else:
+        verdicts = [function(**dict(zip(asked, values))) for values in zip(*asked.values())]
+    verdicts = [verdict if isinstance(verdict, dict) else {"score": float(verdict)} for verdict in verdicts]
+    return [{"acc": verdict["score"]} | verdict for verdict in verdicts]
 
 
 # ---- The record of a run --------------------------------------------------------------------------------------------
@@ -309,6 +351,8 @@ def read_command_line(argv, constants):
     if words and command == "train":
         fail(f"{words[0]!r} is not a command; there are {', '.join(COMMANDS)}")
     check(constants)
+    if command != "plot":
+        load_reward(constants["REWARD"])  # now, and not when the first responses are there
     return command, words
 
 

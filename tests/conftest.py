@@ -81,6 +81,12 @@ def set_constants(monkeypatch):
     return set_them
 
 
+@pytest.fixture
+def set_reward(monkeypatch):
+    """Puts a function in the place of the one that REWARD names."""
+    return lambda function: monkeypatch.setattr(dapo.record, "load_reward", lambda name: function)
+
+
 def question(text="q", answer="1", length=5):
     return dapo.Question(text, answer, "test", torch.arange(10, 10 + length))
 

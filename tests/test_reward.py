@@ -1,9 +1,23 @@
 import json
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import dapo
+import record
 import reward
+from conftest import ROOT, SIZES
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_verl.json").read_text())
 
@@ -39,6 +53,36 @@ def test_overlong_penalty_by_hand(length, penalty):
         ("答案：42", "42"),
         ("答案是 42", "42"),
         (r"Answer: \boxed{9}", "9"),
+        (r"\fbox{9}", "9"),
+        (r"\boxed 9.", "9"),
+        ("so $\\boxed 9$ it is", "9"),
+        ("\\boxed\n{\n9\n}", "9"),
+        (r"\boxed{\boxed{9}}", "9"),
+        (r"\boxed{Answer: 9}", "9"),
+        (r"\boxed{\{1, \{2\}\}}", r"\{1, \{2\}\}"),
+        (r"\boxed{\left\{1\right\} \}}", r"\left\{1\right\} \}"),
+        (r"The final answer is: $\boxed{9}$. I hope it is correct.", "9"),
+        ("The final answer is $9$. I hope it is correct.", "9"),
+        ("The answer is 3.14.", "3.14"),
+        ("### Final Answer: 9", "9"),
+        ("**Final Answer:**\n\n9", "9"),
+        ("__Answer__: `9`", "9"),
+        ("ANSWER：（B）", "（B）"),
+        (r"Answer: \(9\)", "9"),
+        ("Answer: 5 or 6", "5 or 6"),
+        ("#### **9**", "9"),
+        ("##### $1,000.50", "$1,000.50"),
+        ("**答案**：42。", "42"),
+        ("最终答案是：$42$", "42"),
+        ("答案为 42 个。", "42 个"),
+        ("<think>#### 1</think>\n#### 2", "2"),
+        ("<think>#### 1</think>", None),
+        ("<think>so</think>#### 1</think> 2", None),
+        ("#### 1\nor rather #### ", None),
+        (r"\boxed{1}, no: \boxed{2", None),
+        ("The answer: ", None),
+        ("Answer: ...", None),
+        ("my answers: 9", None),
         ("there are 12 apples", None),
         ("####", None),
         ("#### \n5", None),
@@ -51,32 +95,236 @@ def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
 
+ANSWERS = [
+    pytest.param(*re.fullmatch("(.+) ([=!]=) (.+)", line).groups(), id=line)
+    for line in (Path(__file__).parent / "answers.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("# ")
+]
+
+
+@pytest.mark.parametrize("one, sign, other", ANSWERS)
+def test_answers_match(one, sign, other):
+    assert reward.answers_match(one, other) is (sign == "==") and reward.answers_match(other, one) is (sign == "==")
+
+
 @pytest.mark.parametrize(
-    "one, other, same",
-    [
-        ("20", "20", True),
-        ("20", "20.0", True),
-        ("1,234", "1234", True),
-        ("$12", "12", True),
-        ("7.", "7", True),
-        ("+5", "5", True),
-        ("1/2", "0.5", True),
-        ("-3", "3", False),
-        ("0.333", "1/3", False),
-        ("12345678901234567", "12345678901234568", False),
-        ("3/0", "0", False),
-        ("2 0", "20", False),
-        ("5 or 6", "5", False),
-        ("Yes", "yes", True),
-        ("B", "C", False),
-        ("1_000", "1000", False),
-        ("1,23", "123", False),
-        ("3" * 5000, "34", False),
-        ("1." + "3" * 5000, "4/3", False),
-    ],
+    "work", ["13+21", "2*17", r"2\cdot17", "40-6", r"17\times2", r"\frac{60}{2}+4", "34-0", r"4\sqrt{4}+26"]
 )
-def test_answers_match(one, other, same):
-    assert reward.answers_match(one, other) is same and reward.answers_match(other, one) is same
+def test_work_left_to_the_judge_is_no_answer(work):
+    assert not reward.answers_match(work, "34")
+    assert reward.answers_match("34", work), "as a ground truth it stands for what it comes to"
+
+
+# ---- Properties -----------------------------------------------------------------------------------------------------
+
+numbers = st.fractions(min_value=-(10**12), max_value=10**12, max_denominator=10**6)
+whole_numbers = st.integers(min_value=-(10**30), max_value=10**30)
+hundredths = st.integers(min_value=-(10**12), max_value=10**12)
+any_text = st.text(st.characters(), max_size=200)  # control characters and lone surrogates too
+latex_like = st.text(r"\{}$()[]^_*#/+-=<>|&%,.;:!? 0123456789abx°×（）１" + "\n", max_size=60)
+
+
+def decimal(count):
+    """-105 → -1.05"""
+    return f"{'-' * (count < 0)}{abs(count) // 100}.{abs(count) % 100:02}"
+
+
+WHOLE_FORMS = [
+    "{}",
+    "{:+}",
+    "{:,}",
+    "{}.",
+    "{}.0",
+    "{}e0",
+    "${}$",
+    r"\text{{{}}}",
+    r"\boxed{{{}}}",
+    "x={}",
+    "{}%",
+    "{} apples",
+]
+WHOLE_FORMS += [r"{}\text{{ cm}}", r"{}\%", "**{}**", r"\({}\)", r"{}^\circ", r"\${}", "{}/1", r"\frac{{{}}}{{1}}"]
+FRACTION_FORMS = [
+    "{}/{}",
+    r"\frac{{{}}}{{{}}}",
+    r"\dfrac {{{}}} {{{}}}",
+    r"$\tfrac{{{}}}{{{}}}$",
+    "{} / {}",
+    r"x = \frac{{{}}}{{{}}}",
+]
+
+
+@given(whole_numbers, st.sampled_from(WHOLE_FORMS), st.sampled_from(WHOLE_FORMS), st.integers(1, 10**6))
+def test_a_number_is_itself_in_any_form_and_no_other(number, form, other_form, more):
+    comparable = form == other_form or not {form, other_form} & set(WHOLE_FORMS[10:15] + [r"{}^\circ", r"\${}"])
+    assert reward.answers_match(form.format(number), form.format(number))
+    assert reward.answers_match(form.format(number), str(number)) and reward.answers_match(
+        str(number), form.format(number)
+    )
+    if comparable:  # 5 apples are not 5 cm
+        assert reward.answers_match(form.format(number), other_form.format(number))
+    assert not reward.answers_match(form.format(number), form.format(number + more))
+    assert not reward.answers_match(form.format(-number), form.format(number)) or number == 0
+
+
+@given(numbers, st.sampled_from(FRACTION_FORMS), st.sampled_from(FRACTION_FORMS), st.integers(1, 99))
+def test_a_fraction_is_itself_in_any_form_and_no_other(number, form, other_form, factor):
+    top, bottom = number.numerator, number.denominator
+    assert reward.answers_match(form.format(top, bottom), other_form.format(top * factor, bottom * factor))
+    assert not reward.answers_match(form.format(top, bottom), other_form.format(top * factor + 1, bottom * factor))
+
+
+@given(hundredths)
+def test_a_decimal_is_its_fraction_and_no_other(count):
+    assert reward.answers_match(decimal(count), str(Fraction(count, 100)))
+    assert reward.answers_match(f"{count}e-2", decimal(count)) and reward.answers_match(
+        f"{decimal(count)}0", decimal(count)
+    )
+    assert not reward.answers_match(decimal(count), str(Fraction(count, 100) + Fraction(1, 10**40)))
+
+
+@given(any_text | latex_like, any_text | latex_like)
+@settings(deadline=None)
+def test_no_text_makes_it_raise(text, other):
+    extracted = reward.extract_answer(text)
+    assert extracted is None or extracted.strip()
+    assert reward.answers_match(text, other) in (True, False)
+    assert not reward.answers_match(text, "271828.5") or "271828" in reward.plain(text).replace(",", "").replace(
+        " ", ""
+    )
+    assert reward.compute_score("", f"#### {text}", other)["score"] in (1.0, -1.0)
+
+
+@given(
+    any_text,
+    st.sampled_from(["#### {}", r"\boxed{{{}}}", "Answer: {}", "**Answer:** {}.", "the answer is ${}$", "答案：{}。"]),
+    numbers,
+)
+def test_what_is_planted_after_any_text_is_found(text, form, number):
+    assert reward.extract_answer(text + "\n" + form.format(number)) == str(number)
+    assert reward.compute_score("", text + "\n" + form.format(number), str(number))["acc"]
+
+
+# ---- What a model may write to break it -----------------------------------------------------------------------------
+
+HOSTILE = {
+    "braces": "{" * 100_000,
+    "closing braces": "}" * 100_000,
+    "dollars": "$" * 100_000,
+    "backslashes": "\\" * 99_999,
+    "stars": "*" * 100_000,
+    "hashes": "#" * 100_000,
+    "digits": "9" * 100_000,
+    "commas": "1," * 50_000,
+    "spaces": "1 " * 50_000,
+    "fractions": r"\frac{1}{" * 10_000,
+    "texts": r"\text{" * 20_000 + "}" * 20_000,
+    "boxes": r"\boxed{" * 50_000,
+    "closed boxes": r"\boxed{" * 50_000 + "1" + "}" * 50_000,
+    "answers": "answer: " * 20_000,
+    "thoughts": "</think>" * 20_000,
+    "parentheses": "(" * 200 + "1" + ")" * 200,
+    "roots": r"\sqrt{" * 60 + "2" + "}" * 60,
+    "short braces": "{" * 400,
+    "bars": "|" * 400,
+    "python powers": "9**9**9**9",
+    "powers": "10^{10^{10}}",
+    "tower": "9^{9^{9^{9}}}",
+    "exponent": "1e999999999",
+    "factorial": "100000!",
+    "factorials": "9!!!!!!",
+    "sum": r"\sum_{i=1}^{10^{12}} i",
+    "hard sum": r"\sum_{i=1}^{10^{12}} i^{i}",
+    "product": r"\prod_{n=1}^{10^9} n",
+    "binomial": r"\binom{10^9}{10^8}",
+    "polynomial": "(a+b+c+d+e+f+g)^{60}",
+    "integral": r"\int_0^1 e^{x^2} \sin x^x dx",
+    "surrogates": "\ud800\udfff \\frac{1}{\ud800}",
+    "NUL": "1\0 + \\sqrt{2}\0",
+    "lines": "\\sqrt{2}\n\n\\sqrt{3}\r\u2028",
+    "code": "__import__('os').system('touch hostile')",
+    "code in LaTeX": r"\sqrt{__import__('os').system('touch hostile')}",
+    "division": r"\frac{0}{0}",
+}
+
+
+def worst_time(text):
+    """Judges a text in every way; gives the most seconds that a verdict took. They are all that it is wrong."""
+    worst = 0.0
+    for announced in text, f"#### {text}", rf"\boxed{{{text}}}":
+        for truth in "34", r"\sqrt{7}+x", "yes":
+            start = time.perf_counter()
+            assert not reward.compute_score("", announced, truth)["acc"]
+            worst = max(worst, time.perf_counter() - start)
+    start = time.perf_counter()
+    reward.answers_match("34", text)
+    return max(worst, time.perf_counter() - start)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_makes_it_hang_or_run_code(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward.same_formula.cache_clear()
+    assert worst_time(HOSTILE[name]) < 5  # on a busy machine; on a quiet one under 1
+    reward.same_formula.cache_clear()
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(worst_time, HOSTILE[name]).result() < 5
+    assert not list(tmp_path.iterdir())
+    assert reward.answers_match(rf"\sqrt{{{len(name) ** 2}}}", str(len(name))), "and it still judges others"
+
+
+def test_threads_ask_side_by_side():
+    def ask(number):
+        right = reward.answers_match(rf"{number}\sqrt{{8}}", rf"{2 * number}\sqrt{{2}}")
+        return right and not reward.answers_match(rf"{number}\sqrt{{8}}", rf"{number}\sqrt{{2}}")
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, range(3, 40)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="Windows has no fork")
+def test_a_forked_process_has_workers_of_its_own(tmp_path):
+    """Two processes that read answers from one pipe would take each other's."""
+    code = r"""
+import multiprocessing, reward
+def ask(number):
+    right = reward.answers_match(rf"{number}\sqrt{{12}}", rf"{2 * number}\sqrt{{3}}")
+    return right and not reward.answers_match(rf"{number}\sqrt{{12}}", rf"{number}\sqrt{{3}}")
+assert ask(1)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all(pool.map(ask, range(2, 30)))
+assert ask(50)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=Path(reward.__file__).parent, check=True, timeout=100)
+
+
+def test_workers_that_die_are_replaced():
+    for worker in reward.WORKERS.get(reward.os.getpid(), []):
+        worker.kill()
+    time.sleep(0.2)
+    verdicts = [reward.answers_match(rf"{number}\sqrt{{18}}", rf"{3 * number}\sqrt{{2}}") for number in range(3, 9)]
+    assert verdicts[2:] == [True] * 4
+
+
+def test_ctrl_c_does_not_reach_the_workers():
+    assert reward.answers_match(r"\sqrt{20}", r"2\sqrt{5}")
+    for worker in reward.WORKERS[reward.os.getpid()]:
+        worker.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert reward.answers_match(r"\sqrt{45}", r"3\sqrt{5}")
+
+
+def test_without_math_verify_it_says_so(monkeypatch, tmp_path):
+    """Silence would teach the model that every formula is wrong."""
+    (tmp_path / "math_verify.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(reward, "WORKERS", {})
+    assert reward.answers_match("1/2", "0.5")
+    with pytest.raises(ImportError, match="math-verify.*pip install"):
+        reward.answers_match(r"\sqrt{28}", r"2\sqrt{7}")
+
+
+# ---- Rewards --------------------------------------------------------------------------------------------------------
 
 
 def test_compute_score_takes_gsm8k_ground_truths():
@@ -84,3 +332,122 @@ def test_compute_score_takes_gsm8k_ground_truths():
     assert right == {"score": 1.0, "acc": True, "pred": "1,000"}
     assert reward.compute_score("gsm8k", "1000", "#### 1000") == {"score": -1.0, "acc": False, "pred": ""}
     assert reward.compute_score("math", "Answer: 9", "8")["score"] == -1.0
+
+
+def test_a_ground_truth_may_be_a_number_or_a_solution_in_a_box():
+    assert reward.compute_score("", "#### 8", 8)["acc"] and not reward.compute_score("", "#### 8", 9)["acc"]
+    assert reward.compute_score("", r"\boxed{\frac12}", r"Because of this it is \boxed{\frac{1}{2}}.")["acc"]
+
+
+def test_trl_reward_takes_texts_and_messages():
+    texts = ["#### 8", "8", r"\boxed{9}"]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    for completions in texts, messages:
+        scores = reward.trl_reward(
+            completions=completions, answer=["8", "8", "#### 9"], prompts=["q"] * 3, trainer_state=None
+        )
+        assert scores == [1.0, -1.0, 1.0]
+
+
+# ---- In other hands -------------------------------------------------------------------------------------------------
+
+
+def from_readme(name, folder):
+    """Saves the example of that name from the README, as a user would."""
+    code = re.search(rf"```python\n(# {name}\n.*?)\n```\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (folder / name).write_text(code[1], encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    "code, right",
+    [
+        ("def double(x):\n    return 2 * x\n", True),
+        ("def double(x):\n    return x\n", False),
+        ("def double(x):\n    return 2 * x\nraise SystemExit", False),
+        ("while True: pass\n", False),
+        (None, False),
+    ],
+)
+def test_the_readmes_code_runner(code, right, tmp_path):
+    judge = record.load_reward(f"{from_readme('code_reward.py', tmp_path)}:compute_score")
+    text = "I think so" if code is None else f"so\n```python\n{code}```\n"
+    assert judge("", text, "assert double(4) == 8")["acc"] is right
+
+
+def test_the_readmes_neural_reward_model_trains(make_folder, monkeypatch, tmp_path, tokenizer):
+    """For real: its scores, of a random classifier, are the rewards of a run, and it is asked in batches."""
+    monkeypatch.chdir(ROOT)
+    policy, path = make_folder(), from_readme("neural_reward.py", tmp_path)
+    classifier = tmp_path / "classifier"
+    ids = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    Qwen2ForSequenceClassification(Qwen2Config(**SIZES, **ids, num_labels=1)).save_pretrained(classifier)
+    tokenizer.save_pretrained(classifier)
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("your/reward-model", classifier.as_posix()), encoding="utf-8"
+    )
+    sizes = ["--BATCH_SIZE=2", "--GROUP_SIZE=4", "--MINI_BATCHES=1", "--NUM_STEPS=2", "--MAX_RESPONSE_LENGTH=8"]
+    sizes += ["--OVERLONG_BUFFER_LENGTH=0", "--EVAL_EVERY=2", f"--OUTPUT_DIR={tmp_path / 'run'}", f"--MODEL={policy}"]
+    constants = {name: value for name, value in vars(dapo).items() if name.isupper()}
+    try:
+        dapo.main([*sizes, f"--REWARD={path}:compute_score"])
+    finally:
+        vars(dapo).update(constants)
+    db = sqlite3.connect(tmp_path / "run/run.db")
+    rows = db.execute("SELECT question, response, accuracy, reward FROM responses").fetchall()
+    judge = record.load_reward(f"{path}:compute_score")
+    for question, response, accuracy, score in rows:
+        alone = judge([""], [response], [""], [{"question": question}])[0]
+        assert accuracy == score == pytest.approx(alone, abs=1e-5)
+    assert len({row[3] for row in rows}) > len(rows) / 2
+    assert db.execute("SELECT max(value) FROM metrics WHERE name = 'grad_norm'").fetchone()[0] > 0
+    db.close()
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("nowhere.py:f", "nowhere.py:f"),
+        ("reward.py", "path:function"),
+        ("reward.py:compute", "compute_score"),
+    ],
+)
+def test_a_reward_that_is_not_there(value, said, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        dapo.main([f"--REWARD={value}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+def test_trl_trains_with_trl_reward(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
+    datasets = pytest.importorskip("datasets")
+    seen = []
+
+    def trl_reward(completions, answer, **columns):
+        seen.append((completions, reward.trl_reward(completions, answer, **columns)))
+        return seen[-1][1]
+
+    rows = datasets.Dataset.from_list([{"prompt": "Say 7.\n", "answer": "7"}, {"prompt": "Say 8.\n", "answer": "8"}])
+    sizes = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=12, max_steps=1)
+    options = dict(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, logging_steps=1, bf16=False, save_strategy="no"
+    )
+    trainer = trl.GRPOTrainer(
+        str(ROOT / "toy"), reward_funcs=trl_reward, args=trl.GRPOConfig(**sizes, **options), train_dataset=rows
+    )
+    trainer.train()
+    assert [len(scores) for _, scores in seen] == [8]
+    assert any(log.get("reward") == pytest.approx(sum(seen[0][1]) / 8) for log in trainer.state.log_history)
+
+
+def test_verl_loads_compute_score():
+    verl = pytest.importorskip("verl.trainer.ppo.reward", reason="needs verl: pip install verl")
+    omegaconf = pytest.importorskip("omegaconf")
+    function = {"path": str(ROOT / "reward.py"), "name": "compute_score"}
+    judge = verl.get_custom_reward_fn(omegaconf.OmegaConf.create({"reward": {"custom_reward_function": function}}))
+    for text in r"so \boxed{\sqrt{8}}", "Answer: 9", "none":
+        asked = dict(data_source="math", solution_str=text, ground_truth=r"2\sqrt{2}", extra_info={"index": 3})
+        assert judge(**asked) == reward.compute_score(**asked)
+    assert judge(**asked | {"solution_str": r"\boxed{\sqrt{8}}"}) == {"score": 1.0, "acc": True, "pred": r"\sqrt{8}"}

@@ -57,15 +57,15 @@ def settings(data, make_folder, tmp_path):
 
 
 @pytest.fixture
-def lottery(set_constants):
+def lottery(set_reward):
     """A reward by chance, so that a random model has something to learn from."""
     coin = torch.Generator().manual_seed(0)
 
-    def score(*args):
+    def score(**response):
         right = torch.rand((), generator=coin).item() < 0.5
         return {"score": 2.0 * right - 1, "acc": right, "pred": ""}
 
-    set_constants(compute_score=score)
+    set_reward(score)
 
 
 @pytest.fixture
@@ -117,14 +117,14 @@ def test_a_run_leaves_its_record(main, settings, lottery, tmp_path, capsys):
     assert "--KL_COEF=0.01 " in listed and f"--OUTPUT_DIR={run} " in listed
 
 
-def test_weights_move_only_where_there_is_something_to_learn(main, settings, lottery, set_constants, tmp_path, capsys):
+def test_weights_move_only_where_there_is_something_to_learn(main, settings, lottery, set_reward, tmp_path, capsys):
     main([*settings, "--LEARNING_RATE=0.01"])
     before = dapo.load_model(dapo.MODEL)[0].state_dict()
     after = dapo.load_model(tmp_path / "run/step_2")[0].state_dict()
     assert all((before[name] != after[name]).float().mean() > 0.9 for name in before if "proj" in name)
     assert "no update" not in capsys.readouterr().out
 
-    set_constants(compute_score=lambda *args: {"score": -1.0, "acc": False, "pred": ""})
+    set_reward(lambda **response: {"score": -1.0, "acc": False, "pred": ""})
     main([*settings, "--LEARNING_RATE=0.01"])
     after = dapo.load_model(tmp_path / "run/step_2")[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -133,13 +133,14 @@ def test_weights_move_only_where_there_is_something_to_learn(main, settings, lot
     assert rows(tmp_path / "run", "SELECT value FROM metrics WHERE name = 'groups/all_wrong'") == [(1.0,), (1.0,)]
 
 
-def test_same_seed_same_run_and_evaluation_changes_nothing(main, settings, set_constants, tmp_path):
+def test_same_seed_same_run_and_evaluation_changes_nothing(main, settings, set_reward, tmp_path):
     states = []
 
-    def score(source, text, answer):
-        return {"score": 2.0 * (len(text) % 2) - 1, "acc": bool(len(text) % 2), "pred": ""}
+    def score(solution_str, **others):
+        odd = len(solution_str) % 2
+        return {"score": 2.0 * odd - 1, "acc": bool(odd), "pred": ""}
 
-    set_constants(compute_score=score)
+    set_reward(score)
     for more in ([], ["--EVAL_SAMPLES=3", "--EVAL_EVERY=1"], ["--SEED=1"]):
         main([*settings, *more, f"--OUTPUT_DIR={tmp_path / str(len(states))}"])
         states.append(dapo.load_model(tmp_path / str(len(states)) / "step_2")[0].state_dict())

@@ -11,22 +11,23 @@ import record
 
 
 @pytest.fixture
-def script(monkeypatch, set_constants, tokenizer):
+def script(set_constants, set_reward, tokenizer):
     """Replaces the model: a question's text says how many of its responses are right, and how long they are."""
     asked = []
 
     def scripted_tokens(model, prompts, greedy=False):
         return [torch.full((1 + i % dapo.GROUP_SIZE,), 9) for i in range(len(prompts))]
 
-    def scripted_score(source, text, answer):
-        asked.append(answer)
-        right = (len(asked) - 1) % dapo.GROUP_SIZE < int(answer)
+    def scripted_score(ground_truth, **others):
+        asked.append(ground_truth)
+        right = (len(asked) - 1) % dapo.GROUP_SIZE < int(ground_truth)
         return {"score": 1.0 if right else -1.0, "acc": right, "pred": ""}
 
     class Model:
         generation_config = dapo.GenerationConfig(eos_token_id=[9])
 
-    set_constants(sample_tokens=scripted_tokens, compute_score=scripted_score)
+    set_reward(scripted_score)
+    set_constants(sample_tokens=scripted_tokens)
     set_constants(BATCH_SIZE=4, GROUP_SIZE=4, MAX_GEN_BATCHES=5, USE_DYNAMIC_SAMPLING=True, MAX_RESPONSE_LENGTH=8)
 
     def collect(right):
