@@ -27,7 +27,7 @@ MARKER = re.compile(
     r"####+|\\(?:boxed|fbox)(?![a-z])|answer[*_ ]*(?:[:：]|is\b)|答案[*_ ]*(?:[:：]|是|为)", re.IGNORECASE
 )
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or something escaped, which is none
-SENTENCE_END = re.compile(r"\.\s|。")
+SENTENCE_END = re.compile(r"\.\s|。|,? (?:because|since)\b")
 DECORATION = ' \t\r\n*_`"“”'
 FORMULA = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 

@@ -64,6 +64,7 @@ def test_overlong_penalty_by_hand(length, penalty):
         (r"The final answer is: $\boxed{9}$. I hope it is correct.", "9"),
         ("The final answer is $9$. I hope it is correct.", "9"),
         ("The answer is 3.14.", "3.14"),
+        ("The answer is 9, because 3 * 3 = 9.", "9"),
         ("### Final Answer: 9", "9"),
         ("**Final Answer:**\n\n9", "9"),
         ("__Answer__: `9`", "9"),
