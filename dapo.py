@@ -58,7 +58,7 @@ BATCH_SIZE = 32  # questions a step
 GROUP_SIZE = 8  # responses to each question
 MAX_RESPONSE_LENGTH = 96  # tokens, the end token included
 TEMPERATURE = 1.0  # of the policy, wherever it is sampled or scored
-DECODE_STAGE = 16  # tokens decoded before the responses that have ended leave the batch
+DECODE_STAGE = 8  # tokens decoded before the responses that have ended leave the batch
 
 # Dynamic sampling
 USE_DYNAMIC_SAMPLING = True  # replace groups that are all right or all wrong (GRPO: False)
@@ -87,7 +87,7 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
 DAPO_EPOCHS = 1  # passes over each batch
 MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
 MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, prompts and padding included
-LOGITS_CHUNK = 2**26  # logits made at a time: 0.25 GiB, and about 6 times that while they are worked on
+LOGITS_CHUNK = 2**25  # logits made at a time: 0.125 GiB, and about 6 times that while they are worked on
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
@@ -150,40 +150,47 @@ class Response:
 
 
 @torch.no_grad()
-def sample_tokens(model, prompts, greedy=False):
-    """One response to each prompt: B prompts of (P,) token ids → B responses of (T,), through the first end token.
+def sample_tokens(model, prompts, group_size=1, greedy=False):
+    """B prompts of (P,) token ids → `group_size` responses to each, B·G of (T,), through their first end token.
 
-    `generate` goes on with every response until the last has ended. So it is called in stages, between which those that
-    have ended leave the batch and its cache.
+    A prompt is read once, then its cache is copied for its group. Every DECODE_STAGE tokens the responses that have
+    ended leave the batch, and their part of the cache with them.
     """
-    policy = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0)
-    prompts = [prompt.to(model.device) for prompt in prompts]
-    ids = pad_sequence(prompts, True, model.generation_config.pad_token_id, "left")  # (B, P)
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left")  # (B, P)
-    ends = torch.tensor(model.generation_config.eos_token_id, device=model.device)
-    width, cache, live, responses = ids.shape[1], None, list(range(len(prompts))), [None] * len(prompts)
-    while live:
-        stage = min(DECODE_STAGE, width + MAX_RESPONSE_LENGTH - ids.shape[1])
-        config = GenerationConfig(max_new_tokens=stage, return_dict_in_generate=True, **policy)
-        with autocast(model):
-            output = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
-        ids, cache = output.sequences, output.past_key_values
-        is_end = torch.isin(ids[:, width:], ends)  # (live, T)
-        lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, is_end.shape[1]).tolist()
-        done = is_end.any(1) | (is_end.shape[1] == MAX_RESPONSE_LENGTH)
-        for row in done.nonzero().flatten().tolist():
-            responses[live[row]] = ids[row, width : width + lengths[row]].cpu()
-        rows = (~done).nonzero().flatten()
-        live = [live[row] for row in rows.tolist()]
-        ids, mask = ids[rows], torch.nn.functional.pad(mask[rows], (0, ids.shape[1] - mask.shape[1]), value=1)
-        cache.batch_select_indices(rows)
-    return responses
+    device, pad = model.device, model.generation_config.pad_token_id
+    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
+    ids = pad_sequence(prompts, True, pad, "left").to(device)  # (B, P)
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)  # (B, P)
+    with autocast(model):  # around all of it, so that the weights are cast once and not for each token
+        read = dict(attention_mask=mask[:, :-1], position_ids=mask[:, :-1].cumsum(1).sub(1).clamp(min=0))
+        cache = model.base_model(ids[:, :-1], **read, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(group_size)
+        ids, mask = (tensor.repeat_interleave(group_size, 0) for tensor in (ids, mask))
+        token, position, live = ids[:, -1:], mask.sum(1, keepdim=True) - 1, torch.arange(len(ids), device=device)
+        mask = torch.nn.functional.pad(mask, (0, MAX_RESPONSE_LENGTH), value=1)  # (B·G, P + MAX_RESPONSE_LENGTH)
+        tokens = torch.full((len(ids), MAX_RESPONSE_LENGTH), pad, device=device)
+        for step in range(MAX_RESPONSE_LENGTH):
+            seen = mask[:, : ids.shape[1] + step]
+            logits = model(token, attention_mask=seen, position_ids=position + step, past_key_values=cache).logits[
+                :, -1
+            ]
+            probabilities = (logits.float() / TEMPERATURE).softmax(-1)  # (live, V)
+            token = probabilities.argmax(-1, True) if greedy else torch.multinomial(probabilities, 1)
+            tokens[live, step] = token[:, 0]
+            if (step + 1) % DECODE_STAGE == 0:
+                rows = (~torch.isin(tokens[live, : step + 1], ends).any(1)).nonzero()[:, 0]  # not ended
+                if len(rows) == 0:
+                    break
+                token, position, live, mask = token[rows], position[rows], live[rows], mask[rows]
+                cache.batch_select_indices(rows)
+    is_end = torch.isin(tokens, ends)
+    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, MAX_RESPONSE_LENGTH).tolist()
+    return [row[:length] for row, length in zip(tokens.cpu(), lengths)]
 
 
 def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     """`group_size` judged responses to each question: a list of groups, each a list of Responses."""
     asked = [question for question in questions for _ in range(group_size)]
-    tokens = sample_tokens(model, [question.prompt for question in asked], greedy)
+    tokens = sample_tokens(model, [question.prompt for question in questions], group_size, greedy)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
     responses = list(map(reward_response, asked, tokens, texts, truncated, record.judge(REWARD, asked, texts)))
@@ -301,16 +308,18 @@ def token_log_probs(model, prompts, responses):
     for response tokens only, and made again for the backward pass instead of kept.
     """
     lengths = [len(response) for response in responses]
-    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True).to(model.device)  # (B, P + T)
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True)  # (B, P + T)
+    ids = ids.to(model.device, non_blocking=True)  # a copy that waits for the device would leave it idle afterwards
     with autocast(model):
         decoded = model.base_model(input_ids=ids, use_cache=False)
     # The state at one position predicts the token at the next.
     states = zip(decoded.last_hidden_state, [len(prompt) - 1 for prompt in prompts], lengths)
     hidden = torch.cat([state[start : start + length] for state, start, length in states])  # (N, H)
-    targets = torch.cat(list(responses)).to(model.device)  # (N,)
+    targets = torch.cat(list(responses)).to(model.device, non_blocking=True)  # (N,)
     size = max(1, LOGITS_CHUNK // model.config.vocab_size)
     chunks = zip(hidden.split(size), targets.split(size))
-    parts = [checkpoint(chunk_log_probs, model, decoded, *chunk, use_reentrant=False) for chunk in chunks]
+    options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is random in it
+    parts = [checkpoint(chunk_log_probs, model, decoded, *chunk, **options) for chunk in chunks]
     log_probs, entropy = (pad_sequence(torch.cat(values).split(lengths), True) for values in zip(*parts))
     return log_probs, entropy, pad_sequence([torch.ones(length, device=model.device) for length in lengths], True)
 
@@ -328,20 +337,27 @@ def chunk_log_probs(model, decoded, hidden, targets):
             logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]  # (N, V)
     finally:
         del decoder.forward
-    log_probs = (logits.float() / TEMPERATURE).log_softmax(-1)
+    log_probs = logits.float().div_(TEMPERATURE).log_softmax(-1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
         entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
 
 
 def micro_batches(responses):
-    """Cuts responses into lists of at most MICRO_BATCH_TOKENS tokens; sorted by length, they hold little padding."""
-    batch = []
+    """Sorts responses by length, and cuts them into lists of at most MICRO_BATCH_TOKENS tokens with little padding.
+
+    A list ends where its padding would cost more than another pass does before it begins: on small and large machines,
+    that is about 1/128 of a full one.
+    """
+    batch, real = [], 0
     for response in sorted(responses, key=total_length):
-        if batch and (len(batch) + 1) * total_length(response) > MICRO_BATCH_TOKENS:
+        length = total_length(response)
+        padded = (len(batch) + 1) * length
+        if batch and (padded > MICRO_BATCH_TOKENS or padded - real - length > MICRO_BATCH_TOKENS // 128):
             yield batch
-            batch = []
+            batch, real = [], 0
         batch.append(response)
+        real += length
     if batch:
         yield batch
 
@@ -380,7 +396,7 @@ def accumulate_gradients(model, mini_batch):
             if response.old_log_probs is None:  # this very policy sampled it: its ratio is 1
                 response.old_log_probs = now[: len(response.tokens)]
         old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
-        advantages = torch.tensor([response.advantage for response in batch], device=model.device)  # (B,)
+        advantages = torch.tensor([r.advantage for r in batch]).to(model.device, non_blocking=True)  # (B,)
         token_losses = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages), "entropy_loss": -entropy}
         if KL_COEF:
             token_losses["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in batch], True))
@@ -440,7 +456,7 @@ def train():
     base = load_model(MODEL)[0] if KL_COEF else None
     stream = question_stream(load_questions(TRAIN_DATASETS, tokenizer))
     held_out = load_questions(EVAL_DATASETS, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     run, step = record.open_run(OUTPUT_DIR, NUM_STEPS), 0
     record.write(run, step, evaluate(model, tokenizer, held_out))
     while step != NUM_STEPS:

@@ -18,7 +18,7 @@ def make_prompts(tokenizer):
 
 @pytest.fixture
 def sampled_from(monkeypatch):
-    """The probabilities of each row that `generate` hands to torch.multinomial, one (rows, V) a token."""
+    """The probabilities of each row that sampling hands to torch.multinomial, one (rows, V) a token."""
     record, multinomial = [], torch.multinomial
 
     def spy(probabilities, *args, **kwargs):

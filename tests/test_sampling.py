@@ -15,8 +15,8 @@ def script(set_constants, set_reward, tokenizer):
     """Replaces the model: a question's text says how many of its responses are right, and how long they are."""
     asked = []
 
-    def scripted_tokens(model, prompts, greedy=False):
-        return [torch.full((1 + i % dapo.GROUP_SIZE,), 9) for i in range(len(prompts))]
+    def scripted_tokens(model, prompts, group_size, greedy=False):
+        return [torch.full((1 + i,), 9) for _ in prompts for i in range(group_size)]
 
     def scripted_score(ground_truth, **others):
         asked.append(ground_truth)
