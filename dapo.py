@@ -13,7 +13,7 @@ The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 
                 tokens and not over responses (eq. 12)
 
 GRPO is the same without 2 and 3, without the two changes in 5, and with a KL penalty. Left out: more than one GPU, and
-a sampling engine of its own. Reading data, the run's record, its pictures and the command line are in record.py.
+a sampling engine such as vLLM. Reading data, the run's record, its pictures and the command line are in record.py.
 """
 
 import itertools
@@ -27,7 +27,7 @@ import record  # before torch: it imports datasets, which on Windows has to come
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from reward import overlong_penalty
 
@@ -115,11 +115,11 @@ def question_stream(questions):
 
 
 def load_model(path):
-    """The model, with fp32 weights and neutral sampling settings, and its tokenizer, from a folder or the Hub.
+    """The model, with fp32 weights, and its tokenizer, from a folder or the Hub.
 
     At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
-    and only the arithmetic is bf16, on CUDA. A checkpoint's generation_config (top_k, repetition_penalty, ...) would
-    leak into `generate`, which would then sample another distribution than the one scored: save_model writes it back.
+    and only the arithmetic is bf16, on CUDA. Of a checkpoint's generation_config only the end tokens count here: its
+    top_k or repetition_penalty would make the distribution sampled another than the one scored. save_model keeps it.
     """
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     model = record.from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).to(DEVICE or best)
@@ -156,24 +156,25 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
     A prompt is read once, then its cache is copied for its group. Every DECODE_STAGE tokens the responses that have
     ended leave the batch, and their part of the cache with them.
     """
-    device, pad = model.device, model.generation_config.pad_token_id
-    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
+    device, pad, ends = model.device, model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    ends = torch.tensor(ends, device=device)
     ids = pad_sequence(prompts, True, pad, "left").to(device)  # (B, P)
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)  # (B, P)
+    width = ids.shape[1]
     with autocast(model):  # around all of it, so that the weights are cast once and not for each token
-        read = dict(attention_mask=mask[:, :-1], position_ids=mask[:, :-1].cumsum(1).sub(1).clamp(min=0))
-        cache = model.base_model(ids[:, :-1], **read, use_cache=True).past_key_values
+        cache, before = DynamicCache(config=model.config), mask[:, :-1]
+        if width > 1:  # the last token is left to the loop
+            positions = before.cumsum(1).sub(1).clamp(min=0)
+            model.base_model(ids[:, :-1], attention_mask=before, position_ids=positions, past_key_values=cache)
         cache.batch_repeat_interleave(group_size)
         ids, mask = (tensor.repeat_interleave(group_size, 0) for tensor in (ids, mask))
         token, position, live = ids[:, -1:], mask.sum(1, keepdim=True) - 1, torch.arange(len(ids), device=device)
         mask = torch.nn.functional.pad(mask, (0, MAX_RESPONSE_LENGTH), value=1)  # (B·G, P + MAX_RESPONSE_LENGTH)
         tokens = torch.full((len(ids), MAX_RESPONSE_LENGTH), pad, device=device)
         for step in range(MAX_RESPONSE_LENGTH):
-            seen = mask[:, : ids.shape[1] + step]
-            logits = model(token, attention_mask=seen, position_ids=position + step, past_key_values=cache).logits[
-                :, -1
-            ]
-            probabilities = (logits.float() / TEMPERATURE).softmax(-1)  # (live, V)
+            past = dict(attention_mask=mask[:, : width + step], position_ids=position + step, past_key_values=cache)
+            logits = model(token, **past).logits[:, -1]  # (live, V)
+            probabilities = (logits.float() / TEMPERATURE).softmax(-1)
             token = probabilities.argmax(-1, True) if greedy else torch.multinomial(probabilities, 1)
             tokens[live, step] = token[:, 0]
             if (step + 1) % DECODE_STAGE == 0:
@@ -309,7 +310,7 @@ def token_log_probs(model, prompts, responses):
     """
     lengths = [len(response) for response in responses]
     ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True)  # (B, P + T)
-    ids = ids.to(model.device, non_blocking=True)  # a copy that waits for the device would leave it idle afterwards
+    ids = ids.to(model.device, non_blocking=True)  # waiting for the device to be done would leave it idle afterwards
     with autocast(model):
         decoded = model.base_model(input_ids=ids, use_cache=False)
     # The state at one position predicts the token at the next.
@@ -344,11 +345,8 @@ def chunk_log_probs(model, decoded, hidden, targets):
 
 
 def micro_batches(responses):
-    """Sorts responses by length, and cuts them into lists of at most MICRO_BATCH_TOKENS tokens with little padding.
-
-    A list ends where its padding would cost more than another pass does before it begins: on small and large machines,
-    that is about 1/128 of a full one.
-    """
+    """Responses, sorted by length, in lists of at most MICRO_BATCH_TOKENS tokens. A list also ends where its padding would
+    cost more than another pass, taken as 1/128 of a full one."""
     batch, real = [], 0
     for response in sorted(responses, key=total_length):
         length = total_length(response)

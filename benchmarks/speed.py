@@ -123,7 +123,8 @@ def trl(model, out, settings, goal=None):
     )  # fmt: skip
     policy, tokenizer = dapo.load_model(model)
     questions, held_out = (dapo.load_questions(data, tokenizer) for data in (dapo.TRAIN_DATASETS, dapo.EVAL_DATASETS))
-    rows = datasets.Dataset.from_list([{"prompt": q.text, "answer": q.answer} for q in questions])
+    rows = [{"prompt": tokenizer.decode(q.prompt), "answer": q.answer} for q in questions]  # TRL tokenizes them again
+    assert all(tokenizer(row["prompt"])["input_ids"] == q.prompt.tolist() for row, q in zip(rows, questions))
     clock = {"start": None, "times": [], "reached": None}
 
     class Clock(transformers.TrainerCallback):
@@ -140,7 +141,14 @@ def trl(model, out, settings, goal=None):
                         clock["reached"], control.should_training_stop = len(clock["times"]), True
                 clock["start"] = None
 
-    trainer = GRPOTrainer(policy, score, config, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = GRPOTrainer(
+        policy,
+        score,
+        config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
     timed(trainer, "_generate", "sampling")
     timed(trainer, "_generate_and_score_completions", "sampling and scoring")
     trainer.train()
@@ -371,7 +379,7 @@ def compare(options):
         for seed in range(options.rounds):
             policies["trained"] = next(runs)
             mine = measure("ours", ROOT / "toy", policies["trained"], settings | {"SEED": seed}, GOAL)
-            theirs = measure("trl", ROOT / "toy", next(runs), settings | {"SEED": seed, "NUM_STEPS": 60}, GOAL)
+            theirs = measure("trl", ROOT / "toy", next(runs), settings | {"SEED": seed, "NUM_STEPS": 45}, GOAL)
             for who, result in ("dapo.py", mine), ("TRL", theirs):
                 print(f"  {who} {result['steps']} steps, {result['seconds']:.0f} s", flush=True)
         policies["trained"] /= "step_30"

@@ -87,6 +87,15 @@ def set_reward(monkeypatch):
     return lambda function: monkeypatch.setattr(dapo.record, "load_reward", lambda name: function)
 
 
+@pytest.fixture
+def main(monkeypatch):
+    """dapo.main, after which every constant is what it was."""
+    for name, value in vars(dapo).copy().items():
+        if name.isupper():
+            monkeypatch.setattr(dapo, name, value)
+    return dapo.main
+
+
 def question(text="q", answer="1", length=5):
     return dapo.Question(text, answer, "test", torch.arange(10, 10 + length))
 

@@ -35,9 +35,9 @@ def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, se
     set_constants(MAX_RESPONSE_LENGTH=18, TEMPERATURE=0.7, DECODE_STAGE=stage, LOGITS_CHUNK=3 * len(tokenizer))
     ends = list(range(20, 60))  # many, so that responses end at many lengths
     model, _ = dapo.load_model(make_folder(kind, ends))
-    prompts = make_prompts(tokenizer) * 4
     torch.manual_seed(2)
-    responses = dapo.sample_tokens(model, prompts)
+    responses = dapo.sample_tokens(model, make_prompts(tokenizer), group_size=8)
+    prompts = [prompt for prompt in make_prompts(tokenizer) for _ in range(8)]
     lengths = [len(response) for response in responses]
     assert len(set(lengths)) > 4 and max(lengths) == 18 > min(lengths)
 
@@ -57,15 +57,25 @@ def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, se
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_stages_change_nothing(kind, make_folder, tokenizer, set_constants):
-    """Greedily, decoding in stages gives what transformers gives in one go, prompt by prompt."""
+def test_greedy_responses_are_those_of_transformers(kind, make_folder, tokenizer, set_constants):
+    """Neither the shared reading of a prompt nor padding nor leaving the batch in stages changes them."""
     set_constants(MAX_RESPONSE_LENGTH=20, DECODE_STAGE=3)
     ends = list(range(20, 80))
     model, _ = dapo.load_model(make_folder(kind, ends))
     prompts = make_prompts(tokenizer)
-    for prompt, response in zip(prompts, dapo.sample_tokens(model, prompts, greedy=True)):
+    responses = [response.tolist() for response in dapo.sample_tokens(model, prompts, 2, greedy=True)]
+    for prompt, *pair in zip(prompts, responses[::2], responses[1::2]):
         alone = model.generate(prompt[None], do_sample=False, max_new_tokens=20, pad_token_id=0)[0, len(prompt) :]
-        assert response.tolist() == alone.tolist()
+        assert pair == [alone.tolist()] * 2
+
+
+def test_a_prompt_of_one_token(make_folder, tokenizer, set_constants):
+    """There is nothing to read before it, so the cache starts empty."""
+    set_constants(MAX_RESPONSE_LENGTH=6)
+    model, _ = dapo.load_model(make_folder())
+    prompt = torch.tensor([20])
+    (response,) = dapo.sample_tokens(model, [prompt], greedy=True)
+    assert response.tolist() == model.generate(prompt[None], do_sample=False, max_new_tokens=6)[0, 1:].tolist()
 
 
 def test_padding_changes_nothing(make_folder, tokenizer):
@@ -86,7 +96,7 @@ def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, token
     model, _ = dapo.load_model(make_folder("qwen2", ends))
     if pad_is_end:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
-    responses = dapo.sample_tokens(model, make_prompts(tokenizer) * 4)
+    responses = dapo.sample_tokens(model, make_prompts(tokenizer), 4)
     ended = [response for response in responses if response[-1].item() in ends]
     assert 0 < len(ended) < len(responses)
     for response in responses:
@@ -95,7 +105,9 @@ def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, token
     assert len({response[-1].item() for response in ended}) > 1
 
     # its gradient is the end token's too, and nothing's that follows
-    log_probs, _, mask = dapo.token_log_probs(model, make_prompts(tokenizer) * 4, responses)
+    log_probs, _, mask = dapo.token_log_probs(
+        model, [prompt for prompt in make_prompts(tokenizer) for _ in range(4)], responses
+    )
     for row, response in zip(mask, responses):
         assert row.tolist() == [1.0] * len(response) + [0.0] * (len(row) - len(response))
     assert (log_probs[mask == 1] < 0).all()

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dapo
 import record
 import reward
 from conftest import ROOT, SIZES
@@ -376,7 +375,7 @@ def test_the_readmes_code_runner(code, right, tmp_path):
     assert judge("", text, "assert double(4) == 8")["acc"] is right
 
 
-def test_the_readmes_neural_reward_model_trains(make_folder, monkeypatch, tmp_path, tokenizer):
+def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, tmp_path, tokenizer):
     """For real: its scores, of a random classifier, are the rewards of a run, and it is asked in batches."""
     monkeypatch.chdir(ROOT)
     policy, path = make_folder(), from_readme("neural_reward.py", tmp_path)
@@ -389,11 +388,7 @@ def test_the_readmes_neural_reward_model_trains(make_folder, monkeypatch, tmp_pa
     )
     sizes = ["--BATCH_SIZE=2", "--GROUP_SIZE=4", "--MINI_BATCHES=1", "--NUM_STEPS=2", "--MAX_RESPONSE_LENGTH=8"]
     sizes += ["--OVERLONG_BUFFER_LENGTH=0", "--EVAL_EVERY=2", f"--OUTPUT_DIR={tmp_path / 'run'}", f"--MODEL={policy}"]
-    constants = {name: value for name, value in vars(dapo).items() if name.isupper()}
-    try:
-        dapo.main([*sizes, f"--REWARD={path}:compute_score"])
-    finally:
-        vars(dapo).update(constants)
+    main([*sizes, f"--REWARD={path}:compute_score"])
     db = sqlite3.connect(tmp_path / "run/run.db")
     rows = db.execute("SELECT question, response, accuracy, reward FROM responses").fetchall()
     judge = record.load_reward(f"{path}:compute_score")
@@ -413,10 +408,10 @@ def test_the_readmes_neural_reward_model_trains(make_folder, monkeypatch, tmp_pa
         ("reward.py:compute", "compute_score"),
     ],
 )
-def test_a_reward_that_is_not_there(value, said, monkeypatch, capsys):
+def test_a_reward_that_is_not_there(value, said, main, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        dapo.main([f"--REWARD={value}"])
+        main([f"--REWARD={value}"])
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
 

@@ -68,15 +68,6 @@ def lottery(set_reward):
     set_reward(score)
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """dapo.main, after which every constant is what it was."""
-    for name, value in vars(dapo).copy().items():
-        if name.isupper():
-            monkeypatch.setattr(dapo, name, value)
-    return dapo.main
-
-
 def rows(folder, query):
     with sqlite3.connect(folder / "run.db") as db:
         return db.execute(query).fetchall()

@@ -146,6 +146,18 @@ def test_micro_batches_keep_to_their_budget(set_constants):
     assert [len(batch) for batch in dapo.micro_batches(responses)] == [1] * len(responses)
 
 
+def test_micro_batches_hold_little_padding(set_constants):
+    """A few long responses do not stretch many short ones; each batch wastes no more than 1/128 of the budget."""
+    responses = [response(tokens=[4] * length) for length in [3] * 300 + [90] * 3 + list(range(4, 90))]
+    random.Random(0).shuffle(responses)
+    set_constants(MICRO_BATCH_TOKENS=16384)
+    batches = [[dapo.total_length(r) for r in batch] for batch in dapo.micro_batches(responses)]
+    assert sorted(sum(batches, [])) == sorted(map(dapo.total_length, responses))
+    padding = [len(batch) * max(batch) - sum(batch) for batch in batches]
+    assert max(padding) <= 128 and sum(padding) < 0.1 * sum(map(sum, batches))
+    assert len(batches) < 30
+
+
 def test_logits_are_made_in_chunks(make_folder, tokenizer, set_constants, monkeypatch):
     sizes, real = [], dapo.chunk_log_probs
 
