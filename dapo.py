@@ -345,7 +345,7 @@ def chunk_log_probs(model, decoded, hidden, targets):
 
 
 def micro_batches(responses):
-    """Responses, sorted by length, in lists of at most MICRO_BATCH_TOKENS tokens. A list also ends where its padding would
+    """Responses, sorted by length, in lists of at most MICRO_BATCH_TOKENS tokens. A list also ends where padding would
     cost more than another pass, taken as 1/128 of a full one."""
     batch, real = [], 0
     for response in sorted(responses, key=total_length):
