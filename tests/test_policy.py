@@ -141,3 +141,17 @@ def test_weights_are_fp32_whatever_was_saved(make_folder):
     folder = make_folder()
     dapo.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert {parameter.dtype for parameter in dapo.load_model(folder)[0].parameters()} == {torch.float32}
+
+
+def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants):
+    """As on CUDA, but on the CPU: sampling and scoring differ by rounding only, and gradients stay fp32."""
+    set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+    model, _ = dapo.load_model(make_folder())
+    prompts = make_prompts(tokenizer)
+    responses = dapo.sample_tokens(model, prompts)
+    log_probs, _, mask = dapo.token_log_probs(model, prompts, responses)
+    first = torch.tensor([response[0] for response in responses])
+    at_sampling = sampled_from[0].gather(1, first[:, None]).log()[:, 0]
+    torch.testing.assert_close(log_probs[:, 0], at_sampling, atol=0.2, rtol=0.05)
+    (log_probs * mask).sum().backward()
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
