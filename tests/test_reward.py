@@ -189,9 +189,6 @@ def test_no_text_makes_it_raise(text, other):
     extracted = reward.extract_answer(text)
     assert extracted is None or extracted.strip()
     assert reward.answers_match(text, other) in (True, False)
-    assert not reward.answers_match(text, "271828.5") or "271828" in reward.plain(text).replace(",", "").replace(
-        " ", ""
-    )
     assert reward.compute_score("", f"#### {text}", other)["score"] in (1.0, -1.0)
 
 
