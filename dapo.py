@@ -156,8 +156,8 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
     A prompt is read once, then its cache is copied for its group. Every DECODE_STAGE tokens the responses that have
     ended leave the batch, and their part of the cache with them.
     """
-    device, pad, ends = model.device, model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    ends = torch.tensor(ends, device=device)
+    device, pad = model.device, model.generation_config.pad_token_id
+    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
     ids = pad_sequence(prompts, True, pad, "left").to(device)  # (B, P)
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)  # (B, P)
     width = ids.shape[1]

@@ -231,6 +231,7 @@ def start_worker():
 def ask_worker(*formulas):
     """The first worker's answer: True, False or, if it has died of the question, nothing."""
     workers = WORKERS[os.getpid()]
+    workers[:] = [start_worker() if worker.poll() is not None else worker for worker in workers]  # killed from outside
     try:
         workers[0].stdin.write(json.dumps(formulas) + "\n")
         workers[0].stdin.flush()

@@ -71,6 +71,11 @@ def now():
 # ---- One measurement, in a process of its own -----------------------------------------------------------------------
 
 
+def split(step, sampling, scoring, rate):
+    update = step - sampling - scoring
+    return dict(step=step, sampling=sampling, scoring=scoring, update=update, rate=rate, gib=record.peak_memory())
+
+
 def ours(model, out, settings, goal=None):
     """Runs dapo.py itself, and reads what it recorded."""
     timed(dapo, "store_log_probs", "scoring")
@@ -80,22 +85,13 @@ def ours(model, out, settings, goal=None):
     curves = {name: dict(zip(*curve)) for name, curve in record.read_metrics(out).items()}
     if goal:
         reached = next((step for step, value in curves["eval/accuracy"].items() if value >= goal and step), None)
-        return {
-            "steps": reached,
-            "seconds": sum(s for step, s in curves["time/step"].items() if step <= (reached or 0)),
-        }
+        last = reached or max(curves["time/step"])
+        return {"steps": reached, "seconds": sum(s for step, s in curves["time/step"].items() if step <= last)}
     step = statistics.median([curves["time/step"][n] for n in range(2, STEPS + 1)])
     sampling = statistics.median([curves["time/generate"][n] for n in range(2, STEPS + 1)])
     scoring = SECONDS["scoring"] / STEPS
     rate = statistics.median([curves["tokens_per_second"][n] for n in range(2, STEPS + 1)])
-    return dict(
-        step=step,
-        sampling=sampling,
-        scoring=scoring,
-        update=step - sampling - scoring,
-        rate=rate,
-        gib=record.peak_memory(),
-    )
+    return split(step, sampling, scoring, rate)
 
 
 def trl(model, out, settings, goal=None):
@@ -106,7 +102,10 @@ def trl(model, out, settings, goal=None):
     cuda = torch.cuda.is_available()
 
     def score(completions, completion_ids, answer, **columns):
-        scores = [v["score"] for v in record.judge(dapo.REWARD, list(map(Asked, answer)), completions)]
+        scores = [
+            v["score"]
+            for v in record.judge(dapo.REWARD, [dapo.Question("", truth, "", None) for truth in answer], completions)
+        ]
         shape = dapo.MAX_RESPONSE_LENGTH, dapo.OVERLONG_BUFFER_LENGTH, dapo.OVERLONG_PENALTY_FACTOR
         SECONDS["tokens"] += sum(map(len, completion_ids))
         return [s + dapo.overlong_penalty(len(ids), *shape) for s, ids in zip(scores, completion_ids)]
@@ -136,7 +135,6 @@ def trl(model, out, settings, goal=None):
                 clock["times"].append(now() - clock["start"])
                 if goal:
                     groups = dapo.ask(policy, tokenizer, held_out, 1, greedy=True)
-                    policy.train()
                     if sum(group[0].accuracy for group in groups) >= goal * len(groups):
                         clock["reached"], control.should_training_stop = len(clock["times"]), True
                 clock["start"] = None
@@ -157,21 +155,7 @@ def trl(model, out, settings, goal=None):
     step, sampling = statistics.median(clock["times"][1:]), SECONDS["sampling"] / STEPS
     scoring = SECONDS["sampling and scoring"] / STEPS - sampling
     rate = SECONDS["tokens"] / SECONDS["sampling"]
-    return dict(
-        step=step,
-        sampling=sampling,
-        scoring=scoring,
-        update=step - sampling - scoring,
-        rate=rate,
-        gib=record.peak_memory(),
-    )
-
-
-class Asked:
-    source, text = "", ""
-
-    def __init__(self, answer):
-        self.answer = answer
+    return split(step, sampling, scoring, rate)
 
 
 def floor(model, out, settings):
@@ -191,9 +175,7 @@ def floor(model, out, settings):
         times["update"] += now() - start
     sampling, update = times["sampling"] / 3, times["update"] / 3
     rate = sum(map(len, responses)) / sampling
-    return dict(
-        step=sampling + update, sampling=sampling, scoring=0.0, update=update, rate=rate, gib=record.peak_memory()
-    )
+    return split(sampling + update, sampling, 0.0, rate)
 
 
 @torch.no_grad()

@@ -129,21 +129,9 @@ def decimal(count):
     return f"{'-' * (count < 0)}{abs(count) // 100}.{abs(count) % 100:02}"
 
 
-WHOLE_FORMS = [
-    "{}",
-    "{:+}",
-    "{:,}",
-    "{}.",
-    "{}.0",
-    "{}e0",
-    "${}$",
-    r"\text{{{}}}",
-    r"\boxed{{{}}}",
-    "x={}",
-    "{}%",
-    "{} apples",
-]
-WHOLE_FORMS += [r"{}\text{{ cm}}", r"{}\%", "**{}**", r"\({}\)", r"{}^\circ", r"\${}", "{}/1", r"\frac{{{}}}{{1}}"]
+UNIT_FORMS = ["{}%", "{} apples", r"{}\text{{ cm}}", r"{}^\circ", r"\${}"]
+WHOLE_FORMS = ["{}", "{:+}", "{:,}", "{}.", "{}.0", "{}e0", "${}$", r"\text{{{}}}", r"\boxed{{{}}}", "x={}", "**{}**"]
+WHOLE_FORMS += [r"\({}\)", "{}/1", r"\frac{{{}}}{{1}}", *UNIT_FORMS]
 FRACTION_FORMS = [
     "{}/{}",
     r"\frac{{{}}}{{{}}}",
@@ -156,13 +144,8 @@ FRACTION_FORMS = [
 
 @given(whole_numbers, st.sampled_from(WHOLE_FORMS), st.sampled_from(WHOLE_FORMS), st.integers(1, 10**6))
 def test_a_number_is_itself_in_any_form_and_no_other(number, form, other_form, more):
-    comparable = form == other_form or not {form, other_form} & set(WHOLE_FORMS[10:15] + [r"{}^\circ", r"\${}"])
-    assert reward.answers_match(form.format(number), form.format(number))
-    assert reward.answers_match(form.format(number), str(number)) and reward.answers_match(
-        str(number), form.format(number)
-    )
-    if comparable:  # 5 apples are not 5 cm
-        assert reward.answers_match(form.format(number), other_form.format(number))
+    same = form == other_form or form not in UNIT_FORMS or other_form not in UNIT_FORMS  # 5 apples are not 5 cm
+    assert reward.answers_match(form.format(number), other_form.format(number)) is same
     assert not reward.answers_match(form.format(number), form.format(number + more))
     assert not reward.answers_match(form.format(-number), form.format(number)) or number == 0
 
@@ -296,11 +279,12 @@ assert ask(50)
 
 
 def test_workers_that_die_are_replaced():
-    for worker in reward.WORKERS.get(reward.os.getpid(), []):
+    """Those that died idle, before the next question: a right answer is not called wrong for it."""
+    assert reward.answers_match(r"2\sqrt{18}", r"6\sqrt{2}")
+    for worker in reward.WORKERS[reward.os.getpid()]:
         worker.kill()
-    time.sleep(0.2)
-    verdicts = [reward.answers_match(rf"{number}\sqrt{{18}}", rf"{3 * number}\sqrt{{2}}") for number in range(3, 9)]
-    assert verdicts[2:] == [True] * 4
+        worker.wait()
+    assert reward.answers_match(r"3\sqrt{18}", r"9\sqrt{2}")
 
 
 def test_ctrl_c_does_not_reach_the_workers():
