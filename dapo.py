@@ -27,7 +27,7 @@ import record  # before torch: it imports datasets, which on Windows has to come
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, set_seed
 
 from reward import overlong_penalty
 
@@ -42,7 +42,9 @@ EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
+TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
+RESUME = True  # go on with a run in it that was broken off; False: start over, and keep that one aside too
 DEVICE = ""  # cpu, cuda or mps; empty: the best there is
 SEED = 0  # of every random choice
 
@@ -52,12 +54,14 @@ NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
 EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
+CHECKPOINT_EVERY = 5  # steps between checkpoints, of which only the last is kept
 
 # Sampling
 BATCH_SIZE = 32  # questions a step
 GROUP_SIZE = 8  # responses to each question
 MAX_RESPONSE_LENGTH = 96  # tokens, the end token included
 TEMPERATURE = 1.0  # of the policy, wherever it is sampled or scored
+GENERATION_BATCH = 1024  # responses sampled at a time, in whole groups; halved if memory does not suffice
 DECODE_STAGE = 8  # tokens decoded before the responses that have ended leave the batch
 
 # Dynamic sampling
@@ -86,7 +90,7 @@ WEIGHT_DECAY = 0.1  # of AdamW
 MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
 DAPO_EPOCHS = 1  # passes over each batch
 MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
-MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, prompts and padding included
+MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding included; halved likewise
 LOGITS_CHUNK = 2**25  # logits made at a time: 0.125 GiB, and about 6 times that while they are worked on
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -101,35 +105,20 @@ class Question:
     rests: int = 0  # epochs in which it is still not to be asked
 
 
-def question_stream(questions):
+def question_stream(questions, progress):
     """Each question once an epoch, in an order fixed by SEED; without end where NUM_STEPS ends the run."""
-    for epoch in itertools.count() if NUM_STEPS else range(NUM_EPOCHS):
-        for question in random.Random(f"{SEED} {epoch}").sample(questions, len(questions)):
+    while NUM_STEPS or progress.epoch < NUM_EPOCHS:
+        order = random.Random(f"{SEED} {progress.epoch}").sample(questions, len(questions))
+        for question in order[progress.drawn :]:
+            progress.drawn += 1
             if question.rests:
                 question.rests -= 1
             else:
                 yield question
+        progress.epoch, progress.drawn = progress.epoch + 1, 0
 
 
-# ---- Model and sampling ---------------------------------------------------------------------------------------------
-
-
-def load_model(path):
-    """The model, with fp32 weights, and its tokenizer, from a folder or the Hub.
-
-    At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
-    and only the arithmetic is bf16, on CUDA. Of a checkpoint's generation_config only the end tokens count here: its
-    top_k or repetition_penalty would make the distribution sampled another than the one scored. save_model keeps it.
-    """
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = record.from_pretrained(AutoModelForCausalLM, path, dtype=torch.float32).to(DEVICE or best)
-    tokenizer = record.from_pretrained(AutoTokenizer, path)
-    own = model.own_generation_config = model.generation_config
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = sorted({token for token in [*ends, tokenizer.eos_token_id] if token is not None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    return model.eval(), tokenizer  # never train(): with dropout, the policy scored would not be the one sampled
+# ---- Sampling -------------------------------------------------------------------------------------------------------
 
 
 def autocast(model):
@@ -188,10 +177,14 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
     return [row[:length] for row, length in zip(tokens.cpu(), lengths)]
 
 
+@record.halve_when_out_of_memory("GENERATION_BATCH")
 def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     """`group_size` judged responses to each question: a list of groups, each a list of Responses."""
-    asked = [question for question in questions for _ in range(group_size)]
-    tokens = sample_tokens(model, [question.prompt for question in questions], group_size, greedy)
+    asked, tokens = [question for question in questions for _ in range(group_size)], []
+    size = max(1, GENERATION_BATCH // group_size)
+    for first in range(0, len(questions), size):
+        prompts = [question.prompt for question in questions[first : first + size]]
+        tokens += sample_tokens(model, prompts, group_size, greedy)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
     responses = list(map(reward_response, asked, tokens, texts, truncated, record.judge(REWARD, asked, texts)))
@@ -368,6 +361,7 @@ def batch_log_probs(model, batch):
     return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
 
 
+@record.halve_when_out_of_memory("MICRO_BATCH_TOKENS")
 @torch.no_grad()
 def store_log_probs(model, responses, name):
     """Sets `name`, old_log_probs or base_log_probs, of each response."""
@@ -379,12 +373,14 @@ def store_log_probs(model, responses, name):
 # ---- Update ---------------------------------------------------------------------------------------------------------
 
 
+@record.halve_when_out_of_memory("MICRO_BATCH_TOKENS")
 def accumulate_gradients(model, mini_batch):
     """Adds up the gradients of one optimizer step, micro-batch by micro-batch. Returns metrics as sums over tokens.
 
     Each micro-batch is divided by the count of the whole mini-batch. In a mean of means, the weight of a token would
     depend on the company it happened to be put in.
     """
+    model.zero_grad()  # of an attempt for which the memory did not suffice
     tokens = sum(len(response.tokens) for response in mini_batch)
     denominator = tokens if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
     sums = Counter(tokens=tokens)
@@ -417,6 +413,8 @@ def update(model, base, optimizer, groups, step):
         response.advantage = advantage
     if USE_OVERLONG_FILTERING:
         responses = [response for response in responses if not response.truncated]
+    if not responses:
+        return {}
     random.shuffle(responses)
     count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer of them for fewer responses
     mini_batches = [responses[i::count] for i in range(count)]
@@ -427,20 +425,18 @@ def update(model, base, optimizer, groups, step):
         store_log_probs(base, responses, "base_log_probs")
 
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
-    sums = Counter()
+    sums, skipped = Counter(), 0
     for mini_batch in mini_batches * DAPO_EPOCHS:
         part = accumulate_gradients(model, mini_batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        if grad_norm.isfinite():
+        if torch.stack([part["policy_loss"], grad_norm]).isfinite().all():
             optimizer.step()
             sums.update(part, grad_norm=grad_norm * part["tokens"])
         else:
-            record.say(f"step {step}: an update was skipped, its gradient is {grad_norm.item()}")
-        optimizer.zero_grad()
-    if not sums:
-        return {}
-    tokens = sums.pop("tokens")
-    return {name: float(value) / tokens for name, value in sums.items()} | {"learning_rate": learning_rate}
+            skipped += 1
+    optimizer.zero_grad()
+    means = {name: float(value) / sums["tokens"] for name, value in sums.items() if name != "tokens"}
+    return means | {"learning_rate": learning_rate, "skipped_updates": skipped}
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -448,53 +444,94 @@ def update(model, base, optimizer, groups, step):
 
 def train():
     """Trains MODEL on TRAIN_DATASETS; everything it leaves is in OUTPUT_DIR."""
-    random.seed(SEED)
-    torch.manual_seed(SEED)
-    model, tokenizer = load_model(MODEL)
-    base = load_model(MODEL)[0] if KL_COEF else None
-    stream = question_stream(load_questions(TRAIN_DATASETS, tokenizer))
-    held_out = load_questions(EVAL_DATASETS, tokenizer)
+    set_seed(SEED)
+    tokenizer, progress = load_tokenizer(MODEL), record.Progress()
+    questions, held_out = load_questions(TRAIN_DATASETS, tokenizer), load_questions(EVAL_DATASETS, tokenizer)
+    checkpoint = record.find_checkpoint(globals(), questions)  # of a run that was broken off, or None
+    model = load_model(checkpoint or MODEL, tokenizer)
+    base = load_model(MODEL, tokenizer) if KL_COEF else None
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    run, step = record.open_run(OUTPUT_DIR, NUM_STEPS), 0
-    record.write(run, step, evaluate(model, tokenizer, held_out))
-    while step != NUM_STEPS:
-        start = time.perf_counter()
-        groups, sampled, rounds = collect_groups(model, tokenizer, stream)
-        if not sampled:  # NUM_EPOCHS are over
-            break
-        step, sampling_ends = step + 1, time.perf_counter()
-        metrics = record.sampling_metrics(groups, sampled, rounds, sampling_ends - start)
-        changes = update(model, base, optimizer, groups, step) if groups else {}
-        if not changes:
-            record.say(f"step {step}: no update, there is nothing to learn from in {len(sampled)} groups")
-        metrics |= changes
-        metrics |= {"time/update": time.perf_counter() - sampling_ends, "time/step": time.perf_counter() - start}
-        if step % EVAL_EVERY == 0:
-            metrics |= evaluate(model, tokenizer, held_out)
-        record.write(run, step, metrics, sampled)
-        if SAVE_EVERY and step % SAVE_EVERY == 0 and step != NUM_STEPS:
-            record.save_model(run, model, tokenizer, f"step_{step}", globals())
-    if step % EVAL_EVERY:
-        record.write(run, step, evaluate(model, tokenizer, held_out))
-    record.save_model(run, model, tokenizer, f"step_{step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}", globals())
-    run.bar.close()
-    run.db.close()
+    stream = question_stream(questions, progress)
+    with record.open_run(globals(), checkpoint, model, tokenizer, optimizer, progress, questions) as run:
+        while progress.step != NUM_STEPS:
+            run.checkpoint()
+            if progress.step % EVAL_EVERY == 0:
+                run.write(evaluate(model, tokenizer, held_out))
+            metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, progress)
+            if not sampled:  # NUM_EPOCHS are over
+                break
+            run.write(metrics, sampled)
+        run.checkpoint(last=True)
+        if NUM_STEPS or progress.step % EVAL_EVERY:  # else it was just done
+            run.write(evaluate(model, tokenizer, held_out))
+        run.save_model(f"step_{progress.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
 
 
-# ---- Not the algorithm: data files, evaluation, the command line; for the rest see record.py ------------------------
+def train_step(model, base, tokenizer, optimizer, stream, progress):
+    """One step. Returns its metrics and all groups sampled in it, none where NUM_EPOCHS are over."""
+    start = time.perf_counter()
+    groups, sampled, rounds = collect_groups(model, tokenizer, stream)
+    if not sampled:
+        return {}, []
+    progress.step += 1
+    metrics = record.sampling_metrics(groups, sampled, rounds, time.perf_counter() - start)
+    changes = update(model, base, optimizer, groups, progress.step) if groups else {}
+    if not changes:
+        record.say(f"step {progress.step}: no update, there is nothing to learn from in {len(sampled)} groups")
+    seconds = time.perf_counter() - start
+    return metrics | changes | {"time/update": seconds - metrics["time/generate"], "time/step": seconds}, sampled
+
+
+# ---- Not the algorithm: model and data, evaluation, the command line; for the rest see record.py --------------------
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model. A model that cannot be used is refused here, before its weights are read."""
+    config = record.from_pretrained(AutoConfig, path, trust_remote_code=TRUST_REMOTE_CODE).get_text_config()
+    positions, needed = getattr(config, "max_position_embeddings", None), MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
+    if positions and positions < needed:
+        record.fail(f"MODEL={path} has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}")
+    tokenizer = record.from_pretrained(AutoTokenizer, path, trust_remote_code=TRUST_REMOTE_CODE)
+    if tokenizer.eos_token_id is None:
+        record.fail(f"MODEL={path}: its tokenizer names no end token (eos_token), so that no response could end")
+    if not tokenizer("a")["input_ids"] or len(tokenizer) > config.vocab_size:
+        record.fail(f"MODEL={path}: its tokenizer has {len(tokenizer)} tokens, and the model {config.vocab_size}")
+    return tokenizer
+
+
+def load_model(path, tokenizer):
+    """The model from a folder or the Hub, with fp32 weights.
+
+    At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
+    and only the arithmetic is bf16, on CUDA. Of a checkpoint's generation_config only the end tokens count here: its
+    top_k or repetition_penalty would make the distribution sampled another than the one scored. save_model keeps it.
+    """
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    options = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=TRUST_REMOTE_CODE)
+    model, report = record.from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        record.fail(f"MODEL={path} has no weights for {', '.join(sorted(report['missing_keys']))}")
+    own = model.own_generation_config = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({tokenizer.eos_token_id, *ends} - {None})
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    return model.to(
+        DEVICE or best
+    ).eval()  # never train(): with dropout, the policy scored would not be the one sampled
 
 
 def load_questions(data, tokenizer):
     """The questions of all data sets in `data`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
     questions = []
     for source in data:
-        for text, answer in record.load_rows(source):
-            messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
+        for messages, answer in record.load_rows(source):
+            text = messages[-1]["content"]
             if tokenizer.chat_template:
                 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
             else:
-                ids = tokenizer(messages[-1]["content"])["input_ids"]
-            questions.append(Question(messages[-1]["content"], str(answer), source["path"], torch.tensor(ids)))
+                ids = tokenizer(text)["input_ids"]
+            questions.append(Question(text, answer, source["path"], torch.tensor(ids)))
     short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
     if not short:
         record.fail(f"none of {len(questions)} questions is of at most MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH} tokens")
@@ -508,39 +545,34 @@ def evaluate(model, tokenizer, questions):
 
     Shows the answer to the longest question. Its random numbers are its own, so that evaluating does not change a run.
     """
-    greedy = ask(model, tokenizer, questions, 1, greedy=True)
+    greedy = sample_groups(model, tokenizer, questions, 1, greedy=True)
     record.show(max(greedy, key=lambda group: len(group[0].question.prompt))[0])
     metrics = {"eval/accuracy": sum(group[0].accuracy for group in greedy) / len(greedy)}
     if EVAL_SAMPLES > 1:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            groups = ask(model, tokenizer, questions, EVAL_SAMPLES)
+            groups = sample_groups(model, tokenizer, questions, EVAL_SAMPLES)
         right = [[response.accuracy for response in group] for group in groups]
         metrics[f"eval/avg@{EVAL_SAMPLES}"] = sum(map(sum, right)) / len(right) / EVAL_SAMPLES
         metrics[f"eval/pass@{EVAL_SAMPLES}"] = sum(map(max, right)) / len(right)
     return metrics
 
 
-def ask(model, tokenizer, questions, group_size, greedy=False):
-    """sample_groups, for any number of questions: with no more of them at a time than fit in a batch of training."""
-    size = max(1, BATCH_SIZE * GROUP_SIZE // group_size)
-    parts = [questions[first : first + size] for first in range(0, len(questions), size)]
-    return [group for part in parts for group in sample_groups(model, tokenizer, part, group_size, greedy)]
-
-
 def main(argv=None):
     """The command line, as `--help` describes it."""
-    command, folders = record.read_command_line(argv, globals())
-    if command == "train":
-        train()
-    elif command == "plot":
-        for folder in folders or [OUTPUT_DIR]:
-            print(record.draw(folder))
-    else:
-        for folder in folders or [MODEL]:
-            model, tokenizer = load_model(folder)
-            metrics = evaluate(model, tokenizer, load_questions(EVAL_DATASETS, tokenizer))
-            print(f"{folder}: {record.describe(metrics)}")
+    with record.plain_endings():
+        command, folders = record.read_command_line(argv, globals())
+        if command == "train":
+            train()
+        elif command == "plot":
+            for folder in folders or [OUTPUT_DIR]:
+                print(record.draw(folder))
+        else:
+            for folder in folders or [MODEL]:
+                tokenizer = load_tokenizer(folder)
+                questions = load_questions(EVAL_DATASETS, tokenizer)
+                metrics = evaluate(load_model(folder, tokenizer), tokenizer, questions)
+                print(f"{folder}: {record.describe(metrics)}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,43 @@
 """Everything about a run that is not the algorithm: data files, run.db, pictures, saved models, the command line."""
 
 import ast
+import contextlib
 import difflib
 import functools
+import gc
 import importlib.util
 import inspect
+import json
+import logging
 import math
+import os
+import random
+import shlex
+import shutil
+import signal
 import sqlite3
 import sys
+import tempfile
+import threading
 import time
+import traceback
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import datasets
+import numpy
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers.utils import logging
+from transformers.utils import logging as bars
+
+for library in ("transformers", "huggingface_hub", "datasets"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)  # what is wrong they also raise, and then one line says it
 
 
 def say(message):
@@ -26,10 +46,47 @@ def say(message):
     tqdm.write(message.encode(encoding, "replace").decode(encoding))
 
 
-def fail(message) -> NoReturn:
+def fail(message, kind=SystemExit) -> NoReturn:
     """Ends the program for a reason that its user can mend: one line, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise kind(2)
+
+
+@contextlib.contextmanager
+def plain_endings():
+    """Ctrl-C outside of a run, and memory that does not suffice, end the program without a page of traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped")
+        sys.exit(128 + signal.SIGINT)
+    except torch.OutOfMemoryError as error:
+        fail(f"DEVICE has too little memory for MODEL and what goes with it: {first_line(error)}")
+
+
+def halve_when_out_of_memory(name):
+    """A decorator: when its device runs out of memory, a function is called again with half of the constant `name`."""
+
+    def decorate(function):
+        constants = inspect.unwrap(function).__globals__
+
+        @functools.wraps(function)
+        def persistent(*args, **kwargs):
+            while True:
+                try:
+                    return function(*args, **kwargs)
+                except torch.OutOfMemoryError:
+                    if constants[name] == 1:
+                        raise
+                # Only here, after the except block, are the tensors of the failed call free.
+                gc.collect()
+                torch.cuda.empty_cache()
+                constants[name] //= 2
+                say(f"out of memory: {name} is {constants[name]} from here on")
+
+        return persistent
+
+    return decorate
 
 
 # ---- Models and data files ------------------------------------------------------------------------------------------
@@ -37,24 +94,27 @@ def fail(message) -> NoReturn:
 
 def from_pretrained(kind, path, **options):
     """kind.from_pretrained(path) for one of transformers' Auto classes, with a progress bar only for downloads."""
-    (logging.disable_progress_bar if Path(path).is_dir() else logging.enable_progress_bar)()
+    (bars.disable_progress_bar if Path(path).is_dir() else bars.enable_progress_bar)()
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        fail(f"MODEL {str(path)!r} cannot be loaded, neither as a folder nor from the Hub: {first_line(error)}")
+    except Exception as error:  # whatever a library makes of a missing, broken or foreign file
+        place = "loaded from that folder" if Path(path).is_dir() else "found, neither as a folder nor on the Hub"
+        fail(f"MODEL={path} cannot be {place}: {first_line(error)}")
 
 
 def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def load_rows(source):
-    """(question, answer) of each row of a data set, given as an entry of TRAIN_DATASETS.
+    """(chat messages, answer) of each row of a data set, given as an entry of TRAIN_DATASETS.
 
-    A question is text or a list of chat messages. A Hub data set may also name its configuration ("name") and its
-    "split", which otherwise is train.
+    In the data a question is text or a list of chat messages. A Hub data set may also name its configuration ("name")
+    and its "split", which otherwise is train.
     """
     path, kind = source["path"], source["type"]
+    if kind != "hub" and Path(path).is_file() and Path(path).stat().st_size == 0:
+        fail(f"the data set {path!r} is an empty file")
     (datasets.enable_progress_bars if kind == "hub" else datasets.disable_progress_bars)()
     try:
         if kind == "hub":
@@ -62,15 +122,34 @@ def load_rows(source):
         else:
             rows = datasets.load_dataset(kind, data_files=path, split="train")
     except Exception as error:  # whatever a library makes of a missing, broken or foreign file
-        fail(f"the data set {path!r} cannot be read as {kind!r}: {first_line(error)}")
-    return list(zip(column(rows, source, "input"), column(rows, source, "output")))
+        fail(f"the data set {path!r} cannot be read as {kind!r}: {first_line(error.__cause__ or error)}")
+    pairs = list(zip(column(rows, source, "input"), column(rows, source, "output")))
+    whole = [(as_messages(question, path), str(answer)) for question, answer in pairs if not blank(answer)]
+    whole = [(messages, answer) for messages, answer in whole if not blank(messages[-1]["content"])]
+    if not whole:
+        fail(f"the data set {path!r} has no row with a question and an answer; it has {len(pairs)} rows")
+    if len(whole) < len(pairs):
+        say(f"{len(pairs) - len(whole)} of {len(pairs)} rows of {path} have no question or no answer: left out")
+    return whole
+
+
+def as_messages(question, path):
+    if not isinstance(question, list):
+        return [{"role": "user", "content": None if question is None else str(question)}]
+    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in question):
+        fail(f"the data set {path!r} has a question that is neither text nor chat messages: {shorten(str(question))}")
+    return question or as_messages(None, path)
+
+
+def blank(value):
+    return value is None or value != value or not str(value).strip()  # of all values only NaN is not itself
 
 
 def column(rows, source, role):
     """The values of the column that source[role] names; a dot goes one level into nested ones."""
     values = rows
     for part in source[role].split("."):
-        names = rows.column_names if values is rows else list(values[0])
+        names = rows.column_names if values is rows else [*values[0]] if isinstance(values[0], dict) else []
         if part not in names:
             fail(f"{source['path']!r} has no column {source[role]!r} for {role!r}; there are: {', '.join(names)}")
         values = values[part] if values is rows else [value[part] for value in values]
@@ -88,11 +167,22 @@ def load_reward(name):
         fail(f"REWARD={name} names no function: write it as path:function, like reward.py:compute_score")
     spec = importlib.util.spec_from_file_location("reward_function", path)
     module = sys.modules["reward_function"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"REWARD={name} cannot be loaded: {described(error)}")
     if not callable(getattr(module, function, None)):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         fail(f"REWARD={name}: there is no function {function!r} in {path!r}; there are: {', '.join(functions)}")
     return getattr(module, function)
+
+
+def described(error):
+    """What an exception in a user's file says, and the line that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({place.filename}, line {place.lineno})"
 
 
 def judge(name, questions, texts):
@@ -109,67 +199,374 @@ def judge(name, questions, texts):
         "ground_truth": [question.answer for question in questions],
         "extra_info": [{"question": question.text} for question in questions],
     }
-    if "solution_strs" in inspect.signature(function).parameters:
-        verdicts = function(**{f"{name}s": values for name, values in asked.items()})
-    else:
-        verdicts = [function(**dict(zip(asked, values))) for values in zip(*asked.values())]
-    verdicts = [verdict if isinstance(verdict, dict) else {"score": float(verdict)} for verdict in verdicts]
-    return [{"acc": verdict["score"]} | verdict for verdict in verdicts]
+    verdicts = []
+    try:
+        if "solution_strs" in inspect.signature(function).parameters:
+            verdicts = list(function(**{f"{name}s": values for name, values in asked.items()}))
+        else:
+            for values in zip(*asked.values()):
+                verdicts.append(function(**dict(zip(asked, values))))
+    except Exception as error:
+        reward_fault(name, f"raised {described(error)}", questions[len(verdicts)], texts[len(verdicts)])
+    if len(verdicts) != len(texts):
+        reward_fault(name, f"gave {len(verdicts)} verdicts on {len(texts)} responses", questions[0], texts[0])
+    for question, text, verdict in zip(questions, texts, verdicts):
+        if not is_verdict(verdict):
+            reward_fault(name, f"gave {verdict!r} and not a finite number or {{'score': number}}", question, text)
+    verdicts = [verdict if isinstance(verdict, dict) else {"score": verdict} for verdict in verdicts]
+    verdicts = [{"acc": verdict["score"]} | verdict for verdict in verdicts]
+    return [verdict | {key: float(verdict[key]) for key in ("score", "acc")} for verdict in verdicts]
+
+
+def is_verdict(value):
+    numbers = [value.get("score"), value.get("acc", 0)] if isinstance(value, dict) else [value]
+    try:
+        return all(math.isfinite(number) for number in numbers)
+    except TypeError:  # text, None, a list
+        return False
+
+
+class RewardFault(SystemExit):
+    """A reward function went wrong. The model is then still as it was after the last step: Run saves a checkpoint."""
+
+
+def reward_fault(name, what, question, text) -> NoReturn:
+    about = f"the question {shorten(question.text)!r} and the response {shorten(text)!r}"
+    fail(f"REWARD={name} {what}, for {about}", RewardFault)
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+FIXED = ("MODEL", "TRAIN_DATASETS", "MAX_PROMPT_LENGTH", "SEED")  # with others it would not be the same run
+
+
+@dataclass
+class Progress:
+    """Where a run stands in its steps and in its data."""
+
+    step: int = 0
+    epoch: int = 0
+    drawn: int = 0  # questions of this epoch that have had their turn
+
+
+def find_checkpoint(constants, questions):
+    """The last checkpoint, a folder, of a run in OUTPUT_DIR that was broken off. None where a new run is to begin.
+
+    A run that has ended goes on if more steps are wanted, and nothing else. Nothing is changed here yet; what would
+    keep a run from writing or from going on ends the program.
+    """
+    folder, steps = Path(constants["OUTPUT_DIR"]), constants["NUM_STEPS"]
+    try:
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        fail(f"OUTPUT_DIR={folder} cannot be written: {error.strerror}")
+    if (folder / "run.db").exists():
+        lock(folder).close()
+    checkpoint = last_checkpoint(folder)
+    if not constants["RESUME"] or not checkpoint:
+        return None
+
+    start_over = "--RESUME=False starts over, and keeps what there is aside"
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        then, step, same_data = state["constants"], state["progress"]["step"], state["data"] == fingerprint(questions)
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"{checkpoint / 'state.json'} cannot be read: {first_line(error)}; {start_over}")
+    now = values_of(constants)
+    changed = {
+        name: f"{name} {then[name]!r} -> {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]
+    }
+    ended = (folder / (f"step_{then['NUM_STEPS']}" if then["NUM_STEPS"] else f"epoch_{then['NUM_EPOCHS']}")).exists()
+    longer = set(changed) in ({"NUM_STEPS"}, {"NUM_EPOCHS"}) and (steps is None or steps > step)
+    if ended and not longer:
+        return None
+    fixed = [change for name, change in changed.items() if name in FIXED]
+    if fixed:
+        fail(f"the run in {folder} cannot go on with {', '.join(fixed)}: set it back, or {start_over}")
+    if not same_data:
+        fail(f"the run in {folder} cannot go on: TRAIN_DATASETS held other questions when it began; {start_over}")
+    if steps and steps < step:
+        fail(f"the run in {folder} cannot go on to NUM_STEPS={steps}: it is at step {step}; {start_over}")
+    say(f"the run in {folder} goes on from step {step}")
+    for change in changed.values():
+        say(f"  changed: {change}")
+    return checkpoint
+
+
+def last_checkpoint(folder):
+    """It got its name when it was whole; what is unfinished has another, so that there is always a whole one."""
+    found = (path for path in (folder / "checkpoint").glob("step_*") if path.name[5:].isdecimal())
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def fingerprint(questions):
+    return zlib.crc32(repr([(question.text, question.answer) for question in questions]).encode())
+
+
+def values_of(constants):
+    """{name: value} of the constants of dapo.py, without those that say nothing about a run itself."""
+    names = assignments(read_source(constants["__file__"]))
+    return {name: constants[name] for name in names if name not in ("OUTPUT_DIR", "RESUME")}
+
+
+def lock(folder):
+    """Keeps other processes from training in this folder, until it is closed or this process ends in whatever way."""
+    db = sqlite3.connect(folder / ".lock", timeout=0, isolation_level=None)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError:
+        fail(f"another process is training in OUTPUT_DIR={folder}: give this run another folder")
+    return db
 
 
 # ---- The record of a run --------------------------------------------------------------------------------------------
 
-
-class Run(NamedTuple):
-    folder: Path
-    db: sqlite3.Connection
-    bar: tqdm
-    start: float
+UNWRITABLE = (OSError, sqlite3.OperationalError, SafetensorError)  # what a full disk turns into
 
 
-def open_run(folder, steps):
-    """Makes the folder of a run, moving an earlier run that it holds to the next free number."""
-    folder = Path(folder)
+@contextlib.contextmanager
+def open_run(constants, checkpoint, *parts):
+    """A Run in OUTPUT_DIR that goes on from a checkpoint, or begins. However it ends, what was open is closed.
+
+    `parts` are the model, its tokenizer, its optimizer, the Progress and the questions.
+    """
+    run, ended = Run(constants, *parts), False
+    try:
+        run.begin(checkpoint)
+        try:
+            yield run
+        except RewardFault:
+            run.save_checkpoint()
+            raise
+        ended = True
+    except UNWRITABLE as error:
+        fail(f"OUTPUT_DIR={run.folder} cannot be written: {first_line(error)}")
+    finally:
+        run.close(ended)
+    if run.signal:
+        sys.exit(128 + run.signal)
+
+
+class Run:
+    """A run in work: its folder, run.db, progress bar and checkpoints.
+
+    Ctrl-C and SIGTERM end it at the next call of checkpoint(), that is between two steps; a second one does at once.
+    """
+
+    def __init__(self, constants, model, tokenizer, optimizer, progress, questions):
+        self.constants, self.folder, self.data = constants, Path(constants["OUTPUT_DIR"]), fingerprint(questions)
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.progress, self.questions = progress, questions
+        self.signal, self.opened, self.start = None, contextlib.ExitStack(), time.time()
+
+    def begin(self, checkpoint):
+        if not checkpoint:
+            set_aside(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.opened.enter_context(contextlib.closing(lock(self.folder)))
+        self.db = self.opened.enter_context(open_db(self.folder / "run.db"))
+        if checkpoint:
+            self.restore(checkpoint)
+        steps, done = self.constants["NUM_STEPS"], self.progress.step
+        self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)
+        self.opened.enter_context(contextlib.closing(self.bar))
+        if threading.current_thread() is threading.main_thread():  # nowhere else are signals received
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.opened.callback(signal.signal, number, signal.signal(number, self.stop))
+
+    def stop(self, number, frame):
+        """What Ctrl-C and SIGTERM do."""
+        self.signal = number
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more, and it stops at once, without a checkpoint\n")
+
+    def checkpoint(self, last=False):
+        """Called between two steps. Remembers the state of the run, and saves it if it is time to.
+
+        So a later fault, while the model has not been changed yet, can still save it. Every SAVE_EVERY steps the model
+        is saved as well.
+        """
+        step, device, stopping = self.progress.step, self.model.device.type, self.signal
+        kind, key, *others = numpy.random.get_state()
+        self.state = {
+            "progress": asdict(self.progress),
+            "rests": {index: question.rests for index, question in enumerate(self.questions) if question.rests},
+            "data": self.data,
+            "constants": values_of(self.constants),
+            "random": {"python": random.getstate(), "numpy": [kind, key.tolist(), *others]},
+        }
+        self.random = {"random.cpu": torch.get_rng_state()}
+        if device != "cpu":
+            self.random[f"random.{device}"] = getattr(torch, device).get_rng_state()
+        if last or stopping or step % self.constants["CHECKPOINT_EVERY"] == 0:
+            self.save_checkpoint()
+        if stopping:
+            sys.exit(128 + stopping)
+        if self.constants["SAVE_EVERY"] and step and step % self.constants["SAVE_EVERY"] == 0 and not last:
+            self.save_model(f"step_{step}")
+
+    def save_checkpoint(self):
+        """Saves what checkpoint() remembers, and then removes the checkpoint before it."""
+        folder = self.folder / "checkpoint" / f"step_{self.state['progress']['step']}"
+        if folder.exists():
+            return
+        moments = self.optimizer.state_dict()["state"].items()  # by the index of the parameter
+        tensors = {f"{index}.{name}": tensor for index, values in moments for name, tensor in values.items()}
+        with finished(folder) as unfinished:
+            self.write_model(unfinished)
+            save_file(tensors | self.random, unfinished / "optimizer.safetensors")
+            (unfinished / "state.json").write_text(json.dumps(self.state), encoding="utf-8")
+        for other in folder.parent.iterdir():
+            if other != folder:
+                remove(other)
+
+    def restore(self, checkpoint):
+        """Puts everything back as it was when a checkpoint was saved; the model has been loaded from it already."""
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        vars(self.progress).update(state["progress"])
+        for index, rests in state["rests"].items():
+            self.questions[int(index)].rests = rests
+        with self.db:
+            self.db.execute("DELETE FROM metrics WHERE step > ?", [self.progress.step])
+            self.db.execute("DELETE FROM responses WHERE step > ?", [self.progress.step])
+        moments = {}
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            first, _, rest = name.partition(".")
+            if first == "random":
+                torch.set_rng_state(tensor) if rest == "cpu" else getattr(torch, rest).set_rng_state(tensor)
+            else:
+                moments.setdefault(int(first), {})[rest] = tensor.clone()  # without a hold on the file
+        groups = self.optimizer.state_dict()["param_groups"]  # of this run's constants
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        version, key, gauss = state["random"]["python"]
+        random.setstate((version, tuple(key), gauss))
+        numpy.random.set_state(tuple(state["random"]["numpy"]))
+
+    def write(self, metrics, groups=()):
+        """Records one step, in one transaction, and shows it; after an evaluation the pictures are drawn anew."""
+        step = self.progress.step
+        with self.db:
+            rows = [(step, *item) for item in metrics.items()]
+            self.db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
+            for r in (response for group in groups for response in group):
+                judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
+                values = step, r.question.text, r.question.answer, r.text, *judged
+                self.db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        shown = {
+            "accuracy": "accuracy",
+            "reward": "reward/mean",
+            "length": "response_length/mean",
+            "entropy": "entropy",
+            "resampled": "dynamic_resample_rate",
+        }
+        figures = {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics}
+        if figures:
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update(step - self.bar.n)
+            if self.bar.disable and step % 5 == 0:  # no terminal
+                line = "  ".join(f"{label} {value}" for label, value in figures.items())
+                say(f"step {step}  {line}  {time.time() - self.start:.0f} s")
+        if metrics.get("skipped_updates"):
+            self.after_skipped_updates(step, metrics["skipped_updates"])
+        if "eval/accuracy" in metrics:
+            say(f"step {step}: {describe(metrics)}")
+            draw(self.folder)
+
+    def after_skipped_updates(self, step, count):
+        say(f"step {step}: {count} updates were skipped, their loss or gradient is not finite")
+        recent = "SELECT value FROM metrics WHERE name = 'skipped_updates' ORDER BY step DESC LIMIT 3"
+        if sum(value > 0 for (value,) in self.db.execute(recent).fetchall()) == 3:
+            fail(
+                f"in 3 steps in a row a loss or gradient was not finite: look at grad_norm and entropy in "
+                f"{self.folder / 'training_metrics.png'}, then try a lower LEARNING_RATE than "
+                f"{self.constants['LEARNING_RATE']}, or look for what is not finite in MODEL"
+            )
+
+    def save_model(self, name):
+        with finished(self.folder / name) as unfinished:
+            self.write_model(unfinished)
+        say(f"the model is saved in {self.folder / name}")
+
+    def write_model(self, folder):
+        """In Hugging Face form, with the generation_config that it came with and the script that made it."""
+        bars.disable_progress_bar()
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.model.own_generation_config.to_json_file(folder / "generation_config.json")
+        (folder / "train_script.py").write_text(script_as_run(self.constants), encoding="utf-8")
+
+    def close(self, ended):
+        """Closes what is open, and unless the run has ended, says how to go on."""
+        self.opened.close()
+        remove_unfinished(self.folder)
+        checkpoint = last_checkpoint(self.folder)
+        if checkpoint and not ended:
+            words = [word for word in sys.argv if not word.startswith("--RESUME")]
+            say(f"to go on from {checkpoint}: {shlex.join(['python', *words])}")
+
+
+@contextlib.contextmanager
+def open_db(path):
+    """run.db, for writing. It has a write-ahead log, so that who reads it meanwhile does not keep the run from writing.
+    The log is emptied at every write: run.db has everything even if it is copied without it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA wal_autocheckpoint = 1")
+        with db:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name))"
+            )
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS responses (step INTEGER, question TEXT, answer TEXT, response TEXT, "
+                "accuracy REAL, reward REAL, length INTEGER, truncated INTEGER, kept INTEGER)"
+            )
+        yield db
+        with contextlib.suppress(sqlite3.OperationalError):  # somebody is reading
+            db.execute("PRAGMA journal_mode = DELETE")
+
+
+def set_aside(folder):
+    """Moves a run that is in the folder to the next free number."""
     if (folder / "run.db").exists():
+        lock(folder).close()
         aside = next(p for p in (Path(f"{folder}_{n}") for n in range(1, sys.maxsize)) if not p.exists())
         folder.rename(aside)
         say(f"{folder} holds an earlier run: it is now {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
-    db = sqlite3.connect(folder / "run.db")
-    with db:
-        db.execute("CREATE TABLE metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name))")
-        db.execute(
-            "CREATE TABLE responses (step INTEGER, question TEXT, answer TEXT, response TEXT, accuracy REAL, "
-            "reward REAL, length INTEGER, truncated INTEGER, kept INTEGER)"
-        )
-    return Run(folder, db, tqdm(total=steps, desc="training", unit="step", disable=None), time.time())
 
 
-def write(run, step, metrics, groups=()):
-    """Records one step, in one transaction, and shows it; after an evaluation the pictures are drawn anew."""
-    with run.db:
-        run.db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", [(step, *item) for item in metrics.items()])
-        for r in (response for group in groups for response in group):
-            judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
-            values = step, r.question.text, r.question.answer, r.text, *judged
-            run.db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-    shown = {
-        "accuracy": "accuracy",
-        "reward": "reward/mean",
-        "length": "response_length/mean",
-        "entropy": "entropy",
-        "resampled": "dynamic_resample_rate",
-    }
-    figures = {label: f"{metrics[name]:.2f}" for label, name in shown.items() if name in metrics}
-    if figures:
-        run.bar.set_postfix(figures, refresh=False)
-        run.bar.update(step - run.bar.n)
-        if run.bar.disable and step % 5 == 0:  # no terminal
-            line = "  ".join(f"{label} {value}" for label, value in figures.items())
-            say(f"step {step}  {line}  {time.time() - run.start:.0f} s")
-    if "eval/accuracy" in metrics:
-        say(f"step {step}: {describe(metrics)}")
-        draw(run.folder)
+@contextlib.contextmanager
+def finished(folder):
+    """Gives a folder with another name to write in. That of `folder` it gets when all of it is on the disk."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    remove(unfinished)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync(path)
+    remove(folder)
+    unfinished.rename(folder)
+    sync(folder.parent)
+
+
+def sync(path):
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
+
+
+def remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder):
+    for path in [*folder.glob("*.unfinished"), *folder.glob("checkpoint/*.unfinished")]:
+        remove(path)
 
 
 def describe(metrics):
@@ -244,21 +641,27 @@ def read_metrics(folder):
     path = Path(folder) / "run.db"
     if not path.exists():
         fail(f"there is no run in {str(folder)!r}: {path} is missing")
-    db, curves = sqlite3.connect(path), {}
-    for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):
+    curves = {}
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            rows = db.execute("SELECT step, name, value FROM metrics ORDER BY step").fetchall()
+    except sqlite3.DatabaseError as error:
+        fail(f"{path} cannot be read: {error}")
+    for step, name, value in rows:
         steps, values = curves.setdefault(name, ([], []))
         steps.append(step)
         values.append(math.nan if value is None else value)
-    db.close()
     return curves
 
 
 def draw(folder):
     """Draws training_metrics.png of the run in a folder; returns its path."""
     curves = read_metrics(folder)
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    rows = math.ceil(len(PANELS) / 4)
+    figure = Figure(figsize=(15, 3 * rows))
     figure.suptitle(str(folder))
-    for axes, (title, names) in zip(figure.subplots(3, 4).flat, PANELS.items()):
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.06, top=0.91, wspace=0.2, hspace=0.42)
+    for axes, (title, names) in zip(figure.subplots(rows, 4).flat, PANELS.items()):
         for name in names:
             if name in curves:
                 held_out = name.startswith("eval/")
@@ -270,22 +673,8 @@ def draw(folder):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
     picture = Path(folder) / "training_metrics.png"
-    figure.savefig(picture, dpi=80)
-    return picture
-
-
-# ---- Saved models ---------------------------------------------------------------------------------------------------
-
-
-def save_model(run, model, tokenizer, name, constants):
-    """Saves the model in Hugging Face form, with the generation_config it came with and the script that made it."""
-    folder, unfinished = run.folder / name, run.folder / f"{name}.unfinished"
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    model.own_generation_config.to_json_file(unfinished / "generation_config.json")
-    (unfinished / "train_script.py").write_text(script_as_run(constants), encoding="utf-8")
-    unfinished.rename(folder)
-    say(f"the model is saved in {folder}")
+    figure.savefig(picture.with_suffix(".unfinished"), format="png", dpi=80)
+    return picture.with_suffix(".unfinished").replace(picture)
 
 
 def script_as_run(constants):
@@ -367,12 +756,13 @@ def parse(text, current):
 
 
 def run_recipe(path, constants, known):
+    settings = {}
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), settings)
     except OSError as error:
         fail(f"the recipe {path!r} cannot be read: {error.strerror}")
-    settings = {}
-    exec(compile(source, path, "exec"), settings)
+    except Exception as error:
+        fail(f"the recipe {path!r} failed: {described(error)}")
     for name, value in settings.items():
         if name.isupper():
             set_constant(constants, known, name, value, repr(value))
@@ -395,31 +785,52 @@ def set_constant(constants, known, name, value, text):
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", list: "a list of data sets"}
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 AT_LEAST_ONE = (
-    "MAX_PROMPT_LENGTH NUM_EPOCHS EVAL_EVERY EVAL_SAMPLES BATCH_SIZE MAX_RESPONSE_LENGTH DECODE_STAGE MAX_GEN_BATCHES "
-    "DAPO_EPOCHS MINI_BATCHES MICRO_BATCH_TOKENS LOGITS_CHUNK"
+    "MAX_PROMPT_LENGTH NUM_EPOCHS EVAL_EVERY EVAL_SAMPLES CHECKPOINT_EVERY BATCH_SIZE MAX_RESPONSE_LENGTH "
+    "GENERATION_BATCH DECODE_STAGE MAX_GEN_BATCHES DAPO_EPOCHS MINI_BATCHES MICRO_BATCH_TOKENS LOGITS_CHUNK"
 ).split()
 NOT_NEGATIVE = "SAVE_EVERY REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS WEIGHT_DECAY".split()
-POSITIVE = "TEMPERATURE LEARNING_RATE MAX_GRAD_NORM CLIP_RANGE_HIGH".split()
+POSITIVE = "TEMPERATURE LEARNING_RATE MAX_GRAD_NORM".split()
 
 
 def check(constants):
     """Refuses values that no run can have."""
     c, limit = constants, constants["MAX_RESPONSE_LENGTH"]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = [device for device, available in there.items() if available]
     rules = [
-        ("DEVICE", c["DEVICE"] in ("", "cpu", "cuda", "mps"), "cpu, cuda or mps, or empty"),
+        ("DEVICE", c["DEVICE"] in ["", *devices], f"{' or '.join(devices)} on this machine, or empty"),
         *[(name, c[name] >= 1, "at least 1") for name in AT_LEAST_ONE],
         *[(name, 0 <= c[name] < math.inf, "at least 0") for name in NOT_NEGATIVE],
         *[(name, 0 < c[name] < math.inf, "more than 0") for name in POSITIVE],
+        ("SEED", 0 <= c["SEED"] < 2**32, "0 to 2**32 - 1"),
+        *[(name, c[name].strip(), "the name of a folder") for name in ("MODEL", "OUTPUT_DIR")],
+        *[(name, is_data(c[name]), DATA_RULE) for name in ("TRAIN_DATASETS", "EVAL_DATASETS")],
         ("NUM_STEPS", c["NUM_STEPS"] is None or c["NUM_STEPS"] >= 1, "at least 1, or None"),
         ("MINI_BATCHES", c["MINI_BATCHES"] <= c["BATCH_SIZE"] * c["GROUP_SIZE"], "at most BATCH_SIZE x GROUP_SIZE"),
         ("GROUP_SIZE", c["GROUP_SIZE"] >= 2, "at least 2: a response is compared with the others of its group"),
-        ("CLIP_RANGE_LOW", 0 < c["CLIP_RANGE_LOW"] < 1, "between 0 and 1"),
+        *[(name, 0 < c[name] < 1, "between 0 and 1") for name in ("CLIP_RANGE_LOW", "CLIP_RANGE_HIGH")],
         ("LOSS_AGG_MODE", c["LOSS_AGG_MODE"] in MODES, f"one of {', '.join(MODES)}"),
         ("OVERLONG_BUFFER_LENGTH", 0 <= c["OVERLONG_BUFFER_LENGTH"] <= limit, f"0 to MAX_RESPONSE_LENGTH, {limit}"),
     ]
     for name, holds, rule in rules:
         if not holds:
             fail(f"{name}={c[name]} is out of range: it has to be {rule}")
+
+
+DATA_TYPES = ("parquet", "json", "csv", "hub")
+DATA_RULE = f"a list of {{'path': ..., 'type': ..., 'input': ..., 'output': ...}}, type {', '.join(DATA_TYPES)}"
+
+
+def is_data(value):
+    """Whether TRAIN_DATASETS or EVAL_DATASETS have the form that load_rows reads."""
+    needed, allowed = {"path", "type", "input", "output"}, {"path", "type", "input", "output", "name", "split"}
+    return value and all(
+        isinstance(source, dict)
+        and needed <= set(source) <= allowed
+        and all(isinstance(text, str) and text for text in source.values())
+        and source["type"] in DATA_TYPES
+        for source in value
+    )
 
 
 def help_lines(constants):

@@ -120,7 +120,8 @@ def trl(model, out, settings, goal=None):
         top_p=1.0, top_k=0, seed=dapo.SEED, bf16=cuda, use_cpu=not cuda, gradient_checkpointing=False,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    policy, tokenizer = dapo.load_model(model)
+    tokenizer = dapo.load_tokenizer(model)
+    policy = dapo.load_model(model, tokenizer)
     questions, held_out = (dapo.load_questions(data, tokenizer) for data in (dapo.TRAIN_DATASETS, dapo.EVAL_DATASETS))
     rows = [{"prompt": tokenizer.decode(q.prompt), "answer": q.answer} for q in questions]  # TRL tokenizes them again
     assert all(tokenizer(row["prompt"])["input_ids"] == q.prompt.tolist() for row, q in zip(rows, questions))
@@ -134,7 +135,7 @@ def trl(model, out, settings, goal=None):
             if state.global_step % parts == 0:
                 clock["times"].append(now() - clock["start"])
                 if goal:
-                    groups = dapo.ask(policy, tokenizer, held_out, 1, greedy=True)
+                    groups = dapo.sample_groups(policy, tokenizer, held_out, 1, greedy=True)
                     if sum(group[0].accuracy for group in groups) >= goal * len(groups):
                         clock["reached"], control.should_training_stop = len(clock["times"]), True
                 clock["start"] = None
@@ -161,7 +162,8 @@ def trl(model, out, settings, goal=None):
 def floor(model, out, settings):
     """Only the model, on the responses of one step."""
     vars(dapo).update(settings)
-    policy, tokenizer = dapo.load_model(model)
+    tokenizer = dapo.load_tokenizer(model)
+    policy = dapo.load_model(model, tokenizer)
     questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)[: dapo.BATCH_SIZE]
     torch.manual_seed(0)
     responses = dapo.sample_tokens(policy, [question.prompt for question in questions], dapo.GROUP_SIZE)
@@ -217,7 +219,8 @@ def learn(policy, optimizer, prompts, responses):
 def step(model, out, settings, length):
     """One step of dapo.py with responses that all have `length` tokens; the most GiB that its update takes."""
     vars(dapo).update(settings)
-    policy, tokenizer = dapo.load_model(model)
+    tokenizer = dapo.load_tokenizer(model)
+    policy = dapo.load_model(model, tokenizer)
     policy.generation_config.eos_token_id = [-1]
     dapo.MAX_RESPONSE_LENGTH = length
     questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)[: dapo.BATCH_SIZE]
@@ -238,7 +241,7 @@ def step(model, out, settings, length):
 def score(model, out, settings):
     """The most GiB that scoring takes, forward and backward, apart from weights and their gradients."""
     vars(dapo).update(settings)
-    policy, _ = dapo.load_model(model)
+    policy = dapo.load_model(model, dapo.load_tokenizer(model))
     policy.get_input_embeddings().requires_grad_(False)
     tokens = [torch.arange(100, 356)] * 4
     dapo.token_log_probs(policy, tokens, [ids[:2] for ids in tokens])[0].sum().backward()

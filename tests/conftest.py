@@ -29,7 +29,7 @@ SIZES = dict(
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
-    max_position_embeddings=256,
+    max_position_embeddings=512,
 )
 CONFIGS = {
     "qwen2": lambda **ids: Qwen2Config(**SIZES, **ids),
@@ -39,7 +39,7 @@ CONFIGS = {
     "gemma2": lambda **ids: Gemma2Config(
         **SIZES, head_dim=8, sliding_window=6, final_logit_softcapping=1.5, attn_logit_softcapping=2.0, **ids
     ),
-    "gpt2": lambda **ids: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=256, resid_pdrop=0.3, **ids),
+    "gpt2": lambda **ids: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=512, resid_pdrop=0.3, **ids),
 }
 HOSTILE = dict(do_sample=True, top_k=5, top_p=0.3, repetition_penalty=1.5, temperature=0.3, min_p=0.2, max_length=7)
 
@@ -70,6 +70,12 @@ def make_folder(tmp_path_factory, tokenizer):
         return folder
 
     return make
+
+
+def load(folder):
+    """The model in a folder, and its tokenizer."""
+    tokenizer = dapo.load_tokenizer(folder)
+    return dapo.load_model(folder, tokenizer), tokenizer
 
 
 @pytest.fixture

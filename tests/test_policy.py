@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import CONFIGS, HOSTILE
+from conftest import CONFIGS, HOSTILE, load
 
 import dapo
 
@@ -34,7 +34,7 @@ def sampled_from(monkeypatch):
 def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, set_constants):
     set_constants(MAX_RESPONSE_LENGTH=18, TEMPERATURE=0.7, DECODE_STAGE=stage, LOGITS_CHUNK=3 * len(tokenizer))
     ends = list(range(20, 60))  # many, so that responses end at many lengths
-    model, _ = dapo.load_model(make_folder(kind, ends))
+    model, _ = load(make_folder(kind, ends))
     torch.manual_seed(2)
     responses = dapo.sample_tokens(model, make_prompts(tokenizer), group_size=8)
     prompts = [prompt for prompt in make_prompts(tokenizer) for _ in range(8)]
@@ -61,7 +61,7 @@ def test_greedy_responses_are_those_of_transformers(kind, make_folder, tokenizer
     """Neither the shared reading of a prompt nor padding nor leaving the batch in stages changes them."""
     set_constants(MAX_RESPONSE_LENGTH=20, DECODE_STAGE=3)
     ends = list(range(20, 80))
-    model, _ = dapo.load_model(make_folder(kind, ends))
+    model, _ = load(make_folder(kind, ends))
     prompts = make_prompts(tokenizer)
     responses = [response.tolist() for response in dapo.sample_tokens(model, prompts, 2, greedy=True)]
     for prompt, *pair in zip(prompts, responses[::2], responses[1::2]):
@@ -72,14 +72,14 @@ def test_greedy_responses_are_those_of_transformers(kind, make_folder, tokenizer
 def test_a_prompt_of_one_token(make_folder, tokenizer, set_constants):
     """There is nothing to read before it, so the cache starts empty."""
     set_constants(MAX_RESPONSE_LENGTH=6)
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     prompt = torch.tensor([20])
     (response,) = dapo.sample_tokens(model, [prompt], greedy=True)
     assert response.tolist() == model.generate(prompt[None], do_sample=False, max_new_tokens=6)[0, 1:].tolist()
 
 
 def test_padding_changes_nothing(make_folder, tokenizer):
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     prompts = make_prompts(tokenizer)
     responses = [prompt.flip(0)[: 2 + i] for i, prompt in enumerate(prompts)]
     together = dapo.token_log_probs(model, prompts, responses)
@@ -93,7 +93,7 @@ def test_padding_changes_nothing(make_folder, tokenizer):
 def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, tokenizer, set_constants):
     set_constants(MAX_RESPONSE_LENGTH=18, DECODE_STAGE=4)
     ends = [tokenizer.eos_token_id, *range(20, 60)]
-    model, _ = dapo.load_model(make_folder("qwen2", ends))
+    model, _ = load(make_folder("qwen2", ends))
     if pad_is_end:
         model.generation_config.pad_token_id = tokenizer.eos_token_id
     responses = dapo.sample_tokens(model, make_prompts(tokenizer), 4)
@@ -115,23 +115,25 @@ def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, token
 
 def test_truncated_is_told_from_ended(make_folder, tokenizer, set_constants):
     """A response whose end token is the last that the limit allows has ended; pad == end does not confuse it."""
-    model, _ = dapo.load_model(make_folder(ends=[30], pad=30))
+    model, _ = load(make_folder(ends=[30], pad=30))
     scripted = [torch.tensor([5, 6, 30]), torch.tensor([5, 6, 7])]
     set_constants(MAX_RESPONSE_LENGTH=3, sample_tokens=lambda *args: scripted)
     (group,) = dapo.sample_groups(model, tokenizer, [dapo.Question("q", "1", "test", torch.tensor([4]))], 2)
     assert [response.truncated for response in group] == [False, True]
 
 
-def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, tmp_path):
+def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, set_constants, tmp_path):
     folder = make_folder()
-    model, tokenizer = dapo.load_model(folder)
-    run = dapo.record.open_run(tmp_path / "run", 1)
-    dapo.record.save_model(run, model, tokenizer, "saved", vars(dapo))
+    model, tokenizer = load(folder)
+    set_constants(OUTPUT_DIR=str(tmp_path / "run"))
+    parts = model, tokenizer, torch.optim.AdamW(model.parameters()), dapo.record.Progress(), []
+    with dapo.record.open_run(vars(dapo), None, *parts) as run:
+        run.save_model("saved")
     before, after = (json.loads((f / "generation_config.json").read_text()) for f in (folder, tmp_path / "run/saved"))
     for name in HOSTILE:
         assert after[name] == before[name] == HOSTILE[name]
     assert after["eos_token_id"] == before["eos_token_id"]
-    again, _ = dapo.load_model(tmp_path / "run/saved")
+    again, _ = load(tmp_path / "run/saved")
     for one, other in zip(model.state_dict().values(), again.state_dict().values()):
         assert torch.equal(one, other)
     assert list((tmp_path / "run/saved").glob("*.safetensors")) and not list((tmp_path / "run").glob("*.unfinished"))
@@ -140,13 +142,13 @@ def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, tmp_
 def test_weights_are_fp32_whatever_was_saved(make_folder):
     folder = make_folder()
     dapo.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    assert {parameter.dtype for parameter in dapo.load_model(folder)[0].parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load(folder)[0].parameters()} == {torch.float32}
 
 
 def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants):
     """As on CUDA, but on the CPU: sampling and scoring differ by rounding only, and gradients stay fp32."""
     set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     prompts = make_prompts(tokenizer)
     responses = dapo.sample_tokens(model, prompts)
     log_probs, _, mask = dapo.token_log_probs(model, prompts, responses)

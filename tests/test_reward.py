@@ -9,13 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import record
 import reward
-from conftest import ROOT, SIZES
+from conftest import ROOT, SIZES, question
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_verl.json").read_text())
@@ -373,12 +375,68 @@ def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, 
     db = sqlite3.connect(tmp_path / "run/run.db")
     rows = db.execute("SELECT question, response, accuracy, reward FROM responses").fetchall()
     judge = record.load_reward(f"{path}:compute_score")
-    for question, response, accuracy, score in rows:
-        alone = judge([""], [response], [""], [{"question": question}])[0]
+    for asked, response, accuracy, score in rows:
+        alone = judge([""], [response], [""], [{"question": asked}])[0]
         assert accuracy == score == pytest.approx(alone, abs=1e-5)
     assert len({row[3] for row in rows}) > len(rows) / 2
     assert db.execute("SELECT max(value) FROM metrics WHERE name = 'grad_norm'").fetchone()[0] > 0
     db.close()
+
+
+@pytest.mark.parametrize("plural", [False, True])
+@pytest.mark.parametrize(
+    "verdict, said",
+    [
+        (ZeroDivisionError("of mine"), "raised ZeroDivisionError: of mine (" + __file__),
+        (None, "gave None"),
+        (float("nan"), "gave nan"),
+        (float("inf"), "gave inf"),
+        ("1.0", "gave '1.0'"),
+        ([1.0], "gave [1.0]"),
+        ({"acc": True}, "gave {'acc': True}"),
+        ({"score": 1.0, "acc": "yes"}, "gave {'score': 1.0, 'acc': 'yes'}"),
+        ({"score": float("nan")}, "gave {'score': nan}"),
+    ],
+)
+def test_a_verdict_that_is_none_is_named_with_its_response(verdict, said, plural, set_reward, capsys):
+    def one(solution_str, **others):
+        if solution_str == "third" and isinstance(verdict, Exception):
+            raise verdict
+        return verdict if solution_str == "third" else 1.0
+
+    def batch(solution_strs, **others):
+        return [one(text) for text in solution_strs]
+
+    set_reward(batch if plural else one)
+    with pytest.raises(SystemExit) as stop:
+        record.judge("mine.py:score", [question(f"question {i}") for i in range(4)], ["a", "b", "third", "d"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: REWARD=mine.py:score ") and error.count("\n") == 1
+    assert said in error
+    if not (plural and isinstance(verdict, Exception)):  # a batch does not say at which response it failed
+        assert "the question 'question 2' and the response 'third'" in error
+
+
+def test_a_batch_with_too_few_verdicts(set_reward, capsys):
+    set_reward(lambda solution_strs, **others: [1.0])
+    with pytest.raises(SystemExit):
+        record.judge("mine.py:score", [question()] * 3, ["a", "b", "c"])
+    assert "gave 1 verdicts on 3 responses" in capsys.readouterr().err
+
+
+def test_every_kind_of_number_is_a_verdict(set_reward):
+    numbers = [
+        1,
+        1.0,
+        True,
+        numpy.float32(1),
+        numpy.int64(1),
+        torch.tensor(1.0),
+        {"score": torch.tensor(1), "acc": True},
+    ]
+    set_reward(lambda solution_str, **others: numbers[int(solution_str)])
+    verdicts = record.judge("mine.py:score", [question()] * 7, list("0123456"))
+    assert all(float(verdict["score"]) == float(verdict["acc"]) == 1 for verdict in verdicts)
 
 
 @pytest.mark.parametrize(

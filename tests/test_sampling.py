@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import question
+from conftest import ROOT, question
 
 import dapo
 import record
@@ -119,19 +119,62 @@ def test_even_questions_rest_for_some_epochs(script, set_constants):
     set_constants(REST_EPOCHS=2)
     *_, drawn = script([0, 2, 2, 2, 2])
     set_constants(NUM_STEPS=None, NUM_EPOCHS=4)
-    later = [asked.text for asked in dapo.question_stream(drawn)]
+    later = [asked.text for asked in dapo.question_stream(drawn, record.Progress())]
     assert later.count("question 0") == 2 and later.count("question 1") == 4
 
 
 def test_stream_draws_each_question_once_an_epoch_in_an_order_of_its_own(set_constants):
     set_constants(NUM_STEPS=None, NUM_EPOCHS=3)
     questions = [question(str(i)) for i in range(20)]
-    drawn = [asked.text for asked in dapo.question_stream(questions)]
+    drawn = [asked.text for asked in dapo.question_stream(questions, record.Progress())]
     epochs = [drawn[i : i + 20] for i in (0, 20, 40)]
     assert all(sorted(epoch) == sorted(str(i) for i in range(20)) for epoch in epochs) and len(drawn) == 60
     assert epochs[0] != epochs[1] != epochs[2]
-    assert drawn == [asked.text for asked in dapo.question_stream(questions)]
+    assert drawn == [asked.text for asked in dapo.question_stream(questions, record.Progress())]
     set_constants(SEED=1)
-    assert drawn != [asked.text for asked in dapo.question_stream(questions)]
+    assert drawn != [asked.text for asked in dapo.question_stream(questions, record.Progress())]
     set_constants(NUM_STEPS=5)
-    assert len(list(itertools.islice(dapo.question_stream(questions), 100))) == 100
+    assert len(list(itertools.islice(dapo.question_stream(questions, record.Progress()), 100))) == 100
+
+
+def test_out_of_memory_in_sampling_halves_the_generation_batch(script, set_constants, monkeypatch, capsys):
+    sizes, real = [], dapo.sample_tokens
+
+    def small(model, prompts, group_size, greedy=False):
+        sizes.append(len(prompts) * group_size)
+        if sizes[-1] > 8:
+            raise torch.OutOfMemoryError
+        return real(model, prompts, group_size, greedy)
+
+    set_constants(sample_tokens=small, GENERATION_BATCH=64)
+    groups, sampled, rounds, drawn = script([2] * 20)
+    assert sizes == [16, 16, 16, 8, 8] and dapo.GENERATION_BATCH == 8
+    assert texts(groups) == [f"question {i}" for i in range(4)] and len(drawn) == 4
+    assert [len(r.tokens) for r in groups[3]] == [1, 2, 3, 4]
+    assert "out of memory: GENERATION_BATCH is 8 from here on" in capsys.readouterr().out
+
+
+def test_when_nothing_fits_it_says_so(set_constants, main, monkeypatch, capsys):
+    def full(*parts, **others):
+        raise torch.OutOfMemoryError("not one byte")
+
+    set_constants(sample_tokens=full)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(["eval"])
+    assert stop.value.code == 2 and dapo.GENERATION_BATCH == 1
+    error = capsys.readouterr().err
+    assert "too little memory" in error and "not one byte" in error and error.count("\n") == 1
+
+
+def test_samples_are_drawn_generation_batch_by_batch(script, set_constants):
+    set_constants(GENERATION_BATCH=10)  # two groups of four
+    sizes, real = [], dapo.sample_tokens
+    set_constants(
+        sample_tokens=lambda model, prompts, *others: (sizes.append(len(prompts)), real(model, prompts, *others))[1]
+    )
+    script([2] * 20)
+    assert sizes == [2, 2]
+    set_constants(GENERATION_BATCH=3)  # at least one group
+    script([2] * 20)
+    assert sizes[2:] == [1, 1, 1, 1]

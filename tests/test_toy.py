@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load
 
 import dapo
 
@@ -58,7 +58,7 @@ def test_longest_solution_fits_the_response_limit(rows, tokenizer):
 
 
 def test_the_model_is_small_and_loads(tokenizer):
-    model, _ = dapo.load_model(ROOT / "toy")
+    model, _ = load(ROOT / "toy")
     assert model.config.model_type == "qwen2" and 0.5e6 < model.num_parameters() < 2e6
     assert sum(file.stat().st_size for file in (ROOT / "toy").iterdir() if file.is_file()) < 5 * 2**20
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import response
+from conftest import load, response
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import dapo
@@ -43,7 +43,7 @@ def gradient(model, responses, off_policy=True):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_does_not_depend_on_micro_batches_or_order(mode, filtered, make_folder, set_constants):
     set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.01, MICRO_BATCH_TOKENS=100000)
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     responses = [r for group in make_groups() for r in group if not (filtered and r.truncated)]
     whole, metrics = gradient(model, responses)
     assert whole.norm() > 0.1
@@ -61,8 +61,8 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(mode, filtered, make
 def test_gradient_is_that_of_a_plain_loop(mode, make_folder, set_constants):
     """Against full logits, one response at a time, with every formula written out."""
     set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.02, KL_COEF=0.3, TEMPERATURE=0.8, MICRO_BATCH_TOKENS=64)
-    model, _ = dapo.load_model(make_folder())
-    base, _ = dapo.load_model(make_folder(seed=5))
+    model, _ = load(make_folder())
+    base, _ = load(make_folder(seed=5))
     responses = [r for group in make_groups() for r in group]
     dapo.store_log_probs(base, responses, "base_log_probs")
     ours, _ = gradient(model, responses)
@@ -96,7 +96,7 @@ def test_gradient_is_that_of_a_plain_loop(mode, make_folder, set_constants):
 
 def test_first_ratio_is_one(make_folder, set_constants, monkeypatch):
     """Both without old log-probs, and with those of a separate pass over other micro-batches."""
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     ratios, real = [], dapo.policy_loss
 
     def spy(log_probs, old_log_probs, advantages):
@@ -116,7 +116,7 @@ def test_first_ratio_is_one(make_folder, set_constants, monkeypatch):
 
 def test_end_token_is_trained_and_padding_is_not(make_folder, tokenizer, monkeypatch):
     """With pad == end, the loss has a gradient at each token of a response, the last included, and nowhere else."""
-    model, tokenizer = dapo.load_model(make_folder(pad=tokenizer.eos_token_id))
+    model, tokenizer = load(make_folder(pad=tokenizer.eos_token_id))
     end = tokenizer.eos_token_id
     model.generation_config.pad_token_id = end
     short, long = response(tokens=[7, 8, end]), response(tokens=[7, 8, 9, 10, 11, end])
@@ -167,7 +167,7 @@ def test_logits_are_made_in_chunks(make_folder, tokenizer, set_constants, monkey
 
     monkeypatch.setattr(dapo, "chunk_log_probs", spy)
     set_constants(LOGITS_CHUNK=5 * len(tokenizer) + 3)
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     responses = [r for group in make_groups() for r in group]
     with torch.no_grad():
         dapo.batch_log_probs(model, responses)
@@ -180,7 +180,7 @@ def test_first_mini_batch_is_scored_once(make_folder, set_constants, monkeypatch
     monkeypatch.setattr(
         dapo, "store_log_probs", lambda model, rs, name: (stored.append(len(rs)), real(model, rs, name))
     )
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
     assert stored == [8]
 
@@ -189,14 +189,14 @@ def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_co
     set_constants(MINI_BATCHES=4, BATCH_SIZE=4, GROUP_SIZE=4)
     sizes, real = [], dapo.accumulate_gradients
     monkeypatch.setattr(dapo, "accumulate_gradients", lambda model, rs: (sizes.append(len(rs)), real(model, rs))[1])
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
     assert sizes == [4, 4, 4]
 
 
 def test_kl_is_to_the_base_model(make_folder, set_constants):
     set_constants(KL_COEF=0.1, MINI_BATCHES=1)
-    model, base = dapo.load_model(make_folder())[0], dapo.load_model(make_folder(seed=5))[0]
+    model, base = load(make_folder())[0], load(make_folder(seed=5))[0]
     groups = make_groups()
     with torch.no_grad():
         responses = [r for group in groups for r in group]
@@ -209,7 +209,7 @@ def test_kl_is_to_the_base_model(make_folder, set_constants):
 
 def test_in_bfloat16_as_on_cuda(make_folder, set_constants):
     """Autocast by hand, since tests have no GPU: fp32 results and gradients, near those of fp32 arithmetic."""
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     responses = [r for group in make_groups() for r in group]
     exact, _ = gradient(model, responses)
     set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
@@ -223,7 +223,7 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
     set_constants(USE_OVERLONG_FILTERING=True, MINI_BATCHES=1, LEARNING_RATE=1e-3)
     groups = make_groups()
     expected = dapo.group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     optimizer = torch.optim.AdamW(model.parameters())
     dapo.update(model, None, optimizer, groups, 1)
     for group, row in zip(groups, expected):
@@ -238,20 +238,92 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
-def test_infinite_gradient_changes_nothing(make_folder, set_constants, capsys):
+def test_infinite_gradient_changes_nothing(make_folder, set_constants):
     set_constants(MINI_BATCHES=1)
-    model, _ = dapo.load_model(make_folder())
+    model, _ = load(make_folder())
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.clone() for p in model.parameters()]
     groups = make_groups()
     groups[0][0].reward = math.inf
-    assert dapo.update(model, None, optimizer, groups, 3) == {}
+    metrics = dapo.update(model, None, optimizer, groups, 3)
+    assert metrics["skipped_updates"] == 1 and "grad_norm" not in metrics
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
-    assert "step 3: an update was skipped" in capsys.readouterr().out
 
     metrics = dapo.update(model, None, optimizer, make_groups(), 4)  # nothing of it is left behind
     assert all(p.isfinite().all() for p in model.parameters()) and all(map(math.isfinite, metrics.values()))
     assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+def test_out_of_memory_in_an_update_halves_the_budget_and_changes_nothing_else(make_folder, set_constants, monkeypatch):
+    """A device that has room for 60 tokens: gradient and metrics are those of one that has room for all."""
+    set_constants(MICRO_BATCH_TOKENS=2048)
+    model, _ = load(make_folder())
+    responses = [r for group in make_groups() for r in group]
+    whole, metrics = gradient(model, responses)
+    real, failures = dapo.token_log_probs, []
+
+    def small(model, prompts, answers):
+        results = real(model, prompts, answers)
+        if len(prompts) * max(len(p) + len(a) for p, a in zip(prompts, answers)) > 60:
+            failures.append(len(prompts))
+            raise torch.OutOfMemoryError
+        return results
+
+    monkeypatch.setattr(dapo, "token_log_probs", small)
+    cut, cut_metrics = gradient(model, responses)
+    assert failures and dapo.MICRO_BATCH_TOKENS == 2048 / 2 ** len(failures)
+    assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
+    for name, value in metrics.items():
+        assert float(cut_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
+
+
+def test_a_failed_attempt_leaves_no_gradient_behind(make_folder, set_constants, monkeypatch):
+    """The memory runs out only once, after some micro-batches have had their backward pass."""
+    set_constants(MICRO_BATCH_TOKENS=64)
+    model, _ = load(make_folder())
+    responses = [r for group in make_groups() for r in group]
+    whole, _ = gradient(model, responses)
+    real, calls = dapo.policy_loss, []
+
+    def fails_once(*tensors):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return real(*tensors)
+
+    monkeypatch.setattr(dapo, "policy_loss", fails_once)
+    cut, _ = gradient(model, responses)
+    assert len(calls) > 6 and ((cut - whole).norm() / whole.norm()).item() < 1e-5
+
+
+def test_nan_in_one_response_costs_only_its_own_update(make_folder, set_constants, monkeypatch):
+    """Of three mini-batches the one that holds it is skipped; the result is that of the other two."""
+    set_constants(MINI_BATCHES=3, BATCH_SIZE=3, GROUP_SIZE=4, LEARNING_RATE=1e-3)
+    monkeypatch.setattr(random, "shuffle", lambda items: None)  # mini-batch i holds responses i, i + 3, ...
+    folder, real = make_folder(), dapo.token_log_probs
+    results = []
+    for nan in (True, False):
+        model, _ = load(folder)
+        optimizer = torch.optim.AdamW(model.parameters())
+        groups = make_groups()
+        sick = groups[1][0].tokens  # response 4, so in the second mini-batch
+
+        def spoiled(model, prompts, answers):
+            log_probs, entropy, mask = real(model, prompts, answers)
+            rows = torch.tensor([answer is sick for answer in answers])
+            return log_probs.masked_fill(rows[:, None], math.nan), entropy, mask
+
+        if nan:
+            monkeypatch.setattr(dapo, "token_log_probs", spoiled)
+            metrics = dapo.update(model, None, optimizer, groups, 9)
+            assert metrics["skipped_updates"] == 1 and all(map(math.isfinite, metrics.values()))
+        else:
+            monkeypatch.setattr(dapo, "token_log_probs", real)
+            steps, step = [], optimizer.step
+            monkeypatch.setattr(optimizer, "step", lambda: (steps.append(None), len(steps) == 2 or step()))
+            assert dapo.update(model, None, optimizer, groups, 9)["skipped_updates"] == 0 and len(steps) == 3
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results) and results[0].isfinite().all()
 
 
 class Ones(torch.nn.Module):
