@@ -355,16 +355,19 @@ class Run:
     """
 
     def __init__(self, constants, model, tokenizer, optimizer, progress, questions):
-        self.constants, self.folder, self.data = constants, Path(constants["OUTPUT_DIR"]), fingerprint(questions)
+        self.constants, self.folder = constants, Path(constants["OUTPUT_DIR"])
+        self.values, self.data = values_of(constants), fingerprint(questions)  # as they are at the start
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.progress, self.questions = progress, questions
-        self.signal, self.opened, self.start = None, contextlib.ExitStack(), time.time()
+        self.signal, self.state, self.opened, self.start = None, None, contextlib.ExitStack(), time.time()
 
     def begin(self, checkpoint):
         if not checkpoint:
             set_aside(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.opened.enter_context(contextlib.closing(lock(self.folder)))
+        remove_unfinished(self.folder)
+        self.opened.callback(remove_unfinished, self.folder)
         self.db = self.opened.enter_context(open_db(self.folder / "run.db"))
         if checkpoint:
             self.restore(checkpoint)
@@ -394,7 +397,7 @@ class Run:
             "progress": asdict(self.progress),
             "rests": {index: question.rests for index, question in enumerate(self.questions) if question.rests},
             "data": self.data,
-            "constants": values_of(self.constants),
+            "constants": self.values,
             "random": {"python": random.getstate(), "numpy": [kind, key.tolist(), *others]},
         }
         self.random = {"random.cpu": torch.get_rng_state()}
@@ -500,9 +503,8 @@ class Run:
     def close(self, ended):
         """Closes what is open, and unless the run has ended, says how to go on."""
         self.opened.close()
-        remove_unfinished(self.folder)
         checkpoint = last_checkpoint(self.folder)
-        if checkpoint and not ended:
+        if checkpoint and self.state and not ended:
             words = [word for word in sys.argv if not word.startswith("--RESUME")]
             say(f"to go on from {checkpoint}: {shlex.join(['python', *words])}")
 

@@ -96,6 +96,7 @@ def undisturbed(server, settings, tmp_path_factory):
     task = {"arguments": [*settings, f"--OUTPUT_DIR={folder / 'run'}"], "ending": ["none"], "log": str(folder / "log")}
     print(json.dumps(task), file=server.stdin, flush=True)
     assert server.stdout.readline() == "0\n", (folder / "log").read_text()
+    assert [path.name for path in (folder / "run/checkpoint").iterdir()] == ["step_24"]  # only the last is kept
     result = everything(folder / "run")
     assert len(result["files"]) > 15 and len(result["responses"]) > 24 * 12 and len(result["metrics"]) > 24 * 15
     return result
@@ -232,13 +233,14 @@ def test_what_may_change_in_mid_run_does_and_the_rest_is_refused(main, settings,
     real = dapo.update
 
     def fails(*parts):
-        if parts[-1] == 4:
+        if parts[-1] == 5:
             raise ArithmeticError
         return real(*parts)
 
     monkeypatch.setattr(dapo, "update", fails)
     with pytest.raises(ArithmeticError):
-        main([*arguments, "--NUM_STEPS=6"])
+        main([*arguments, "--NUM_STEPS=6", "--EVAL_EVERY=4"])
+    arguments.append("--EVAL_EVERY=12")
     monkeypatch.setattr(dapo, "update", real)
     refused = {
         "--SEED=6": "cannot go on with SEED 5 -> 6: set it back, or --RESUME=False starts over",
@@ -256,6 +258,8 @@ def test_what_may_change_in_mid_run_does_and_the_rest_is_refused(main, settings,
     assert "changed: LEARNING_RATE 0.001 -> 0.5" in said and "changed: WEIGHT_DECAY 0.1 -> 0.7" in said
     with contextlib.closing(sqlite3.connect(tmp_path / "run/run.db")) as db:
         rates = db.execute("SELECT value FROM metrics WHERE name = 'learning_rate' ORDER BY step").fetchall()
+        evaluated = db.execute("SELECT step FROM metrics WHERE name = 'eval/accuracy' ORDER BY step").fetchall()
+    assert evaluated == [(0,), (5,)]  # that after step 4 is gone, it was past the checkpoint
     assert rates == [(pytest.approx(rate),) for rate in (0.0002, 0.0004, 0.0006, 0.5, 0.5)]
 
     main([*arguments, "--SEED=6", "--NUM_STEPS=9", "--RESUME=False"])
