@@ -511,6 +511,9 @@ def load_model(path, tokenizer):
     model, report = record.from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **options)
     if report["missing_keys"]:
         record.fail(f"MODEL={path} has no weights for {', '.join(sorted(report['missing_keys']))}")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            record.fail(f"MODEL={path} has weights that are not finite, in {name}")
     own = model.own_generation_config = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
@@ -521,17 +524,23 @@ def load_model(path, tokenizer):
     ).eval()  # never train(): with dropout, the policy scored would not be the one sampled
 
 
+def read_prompt(tokenizer, messages):
+    """Chat messages → token ids, as a list. Without a chat template only the last message is read."""
+    if not tokenizer.chat_template:
+        return tokenizer(messages[-1]["content"])["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 def load_questions(data, tokenizer):
     """The questions of all data sets in `data`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
     questions = []
     for source in data:
         for messages, answer in record.load_rows(source):
-            text = messages[-1]["content"]
-            if tokenizer.chat_template:
-                ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-            else:
-                ids = tokenizer(text)["input_ids"]
-            questions.append(Question(text, answer, source["path"], torch.tensor(ids)))
+            try:
+                ids = read_prompt(tokenizer, messages)
+            except Exception as error:  # a template may refuse a role, or be broken
+                record.fail(f"the chat template of MODEL={MODEL} refuses {messages} of {source['path']!r}: {error}")
+            questions.append(Question(messages[-1]["content"], answer, source["path"], torch.tensor(ids)))
     short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
     if not short:
         record.fail(f"none of {len(questions)} questions is of at most MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH} tokens")

@@ -43,7 +43,9 @@ for library in ("transformers", "huggingface_hub", "datasets"):
 def say(message):
     """Prints a line without breaking the progress bar, whatever characters the terminal lacks."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    tqdm.write(message.encode(encoding, "replace").decode(encoding))
+    with contextlib.suppress(BrokenPipeError):  # who listened has gone
+        tqdm.write(message.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
 
 
 def fail(message, kind=SystemExit) -> NoReturn:
@@ -60,7 +62,11 @@ def plain_endings():
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(128 + signal.SIGINT)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "probability tensor contains" in str(error):  # torch.multinomial
+            fail("the model's probabilities are not finite: try a lower LEARNING_RATE, or look at the weights of MODEL")
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         fail(f"DEVICE has too little memory for MODEL and what goes with it: {first_line(error)}")
 
 
@@ -94,11 +100,11 @@ def halve_when_out_of_memory(name):
 
 def from_pretrained(kind, path, **options):
     """kind.from_pretrained(path) for one of transformers' Auto classes, with a progress bar only for downloads."""
-    (bars.disable_progress_bar if Path(path).is_dir() else bars.enable_progress_bar)()
+    (bars.disable_progress_bar if os.path.isdir(path) else bars.enable_progress_bar)()
     try:
         return kind.from_pretrained(path, **options)
     except Exception as error:  # whatever a library makes of a missing, broken or foreign file
-        place = "loaded from that folder" if Path(path).is_dir() else "found, neither as a folder nor on the Hub"
+        place = "loaded from that folder" if os.path.isdir(path) else "found, neither as a folder nor on the Hub"
         fail(f"MODEL={path} cannot be {place}: {first_line(error)}")
 
 
@@ -109,18 +115,16 @@ def first_line(error):
 def load_rows(source):
     """(chat messages, answer) of each row of a data set, given as an entry of TRAIN_DATASETS.
 
-    In the data a question is text or a list of chat messages. A Hub data set may also name its configuration ("name")
-    and its "split", which otherwise is train.
+    In the data a question is text or a list of chat messages. The entry may also have a "split", such as train[:100],
+    and for a Hub data set the "name" of its configuration.
     """
     path, kind = source["path"], source["type"]
-    if kind != "hub" and Path(path).is_file() and Path(path).stat().st_size == 0:
+    if kind != "hub" and os.path.isfile(path) and os.path.getsize(path) == 0:
         fail(f"the data set {path!r} is an empty file")
     (datasets.enable_progress_bars if kind == "hub" else datasets.disable_progress_bars)()
     try:
-        if kind == "hub":
-            rows = datasets.load_dataset(path, source.get("name"), split=source.get("split", "train"))
-        else:
-            rows = datasets.load_dataset(kind, data_files=path, split="train")
+        place = dict(path=path, name=source.get("name")) if kind == "hub" else dict(path=kind, data_files=path)
+        rows = datasets.load_dataset(**place, split=source.get("split", "train"))
     except Exception as error:  # whatever a library makes of a missing, broken or foreign file
         fail(f"the data set {path!r} cannot be read as {kind!r}: {first_line(error.__cause__ or error)}")
     pairs = list(zip(column(rows, source, "input"), column(rows, source, "output")))
@@ -134,11 +138,18 @@ def load_rows(source):
 
 
 def as_messages(question, path):
-    if not isinstance(question, list):
-        return [{"role": "user", "content": None if question is None else str(question)}]
-    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in question):
-        fail(f"the data set {path!r} has a question that is neither text nor chat messages: {shorten(str(question))}")
-    return question or as_messages(None, path)
+    if not question or not isinstance(question, (list, dict)):
+        return [{"role": "user", "content": str(question or "")}]
+    try:
+        fits = all(isinstance(message["content"] or "", str) for message in question) and question[-1]["role"] == "user"
+    except (TypeError, KeyError):
+        fits = False
+    if not fits:
+        fail(
+            f"the data set {path!r} has a question that is neither text nor a list of chat messages, each with role "
+            f"and content, the last by the user: {shorten(str(question))}"
+        )
+    return question
 
 
 def blank(value):
@@ -147,12 +158,13 @@ def blank(value):
 
 def column(rows, source, role):
     """The values of the column that source[role] names; a dot goes one level into nested ones."""
-    values = rows
-    for part in source[role].split("."):
-        names = rows.column_names if values is rows else [*values[0]] if isinstance(values[0], dict) else []
+    values, names = rows, rows.column_names
+    for part in [source[role]] if source[role] in names else source[role].split("."):
         if part not in names:
-            fail(f"{source['path']!r} has no column {source[role]!r} for {role!r}; there are: {', '.join(names)}")
-        values = values[part] if values is rows else [value[part] for value in values]
+            there = f"; there are: {', '.join(names)}" if names else ""
+            fail(f"the data set {source['path']!r} has no column {source[role]!r} for {role!r}{there}")
+        values = values[part] if values is rows else [value and value[part] for value in values]
+        names = next(([*value] for value in values if isinstance(value, dict)), [])
     return values
 
 
@@ -163,8 +175,9 @@ def column(rows, source, role):
 def load_reward(name):
     """The function that REWARD names as `path:function`."""
     path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        fail(f"REWARD={name} names no function: write it as path:function, like reward.py:compute_score")
+    if not os.path.isfile(path):
+        what = f"there is no file {path!r}" if path else "it names no file"
+        fail(f"REWARD={name}: {what}; write it as path:function, like reward.py:compute_score")
     spec = importlib.util.spec_from_file_location("reward_function", path)
     module = sys.modules["reward_function"] = importlib.util.module_from_spec(spec)
     try:
@@ -174,7 +187,20 @@ def load_reward(name):
     if not callable(getattr(module, function, None)):
         functions = [name for name, value in vars(module).items() if inspect.isfunction(value)]
         fail(f"REWARD={name}: there is no function {function!r} in {path!r}; there are: {', '.join(functions)}")
+    signature = inspect.signature(getattr(module, function))
+    names = [f"{name}s" for name in ASKED] if takes_batches(signature) else ASKED
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError:
+        fail(f"REWARD={name}: {function} takes {signature}, but it is given {', '.join(names)}")
     return getattr(module, function)
+
+
+ASKED = ("data_source", "solution_str", "ground_truth", "extra_info")  # the parameters of a reward function
+
+
+def takes_batches(signature):
+    return "solution_strs" in signature.parameters
 
 
 def described(error):
@@ -188,25 +214,21 @@ def described(error):
 def judge(name, questions, texts):
     """A verdict {"score": number, "acc": number, ...} on each text by the reward function of that name.
 
-    It has the parameters of verl's reward functions (data_source, solution_str, ground_truth, extra_info), or of its
-    batch reward functions (the same in the plural), then lists. The question is extra_info["question"]. It may return
-    a plain number, which then is "acc" too.
+    It has the parameters of verl's reward functions, ASKED, or of its batch reward functions (the same in the plural),
+    then lists. The question is extra_info["question"]. It may return a plain number, which then is "acc" too.
     """
-    function = load_reward(name)
-    asked = {
-        "data_source": [question.source for question in questions],
-        "solution_str": texts,
-        "ground_truth": [question.answer for question in questions],
-        "extra_info": [{"question": question.text} for question in questions],
-    }
-    verdicts = []
+    function, verdicts = load_reward(name), []
+    sources, answers = [question.source for question in questions], [question.answer for question in questions]
+    asked = sources, texts, answers, [{"question": question.text} for question in questions]
     try:
-        if "solution_strs" in inspect.signature(function).parameters:
-            verdicts = list(function(**{f"{name}s": values for name, values in asked.items()}))
+        if takes_batches(inspect.signature(function)):
+            verdicts = list(function(**{f"{name}s": values for name, values in zip(ASKED, asked)}))
         else:
-            for values in zip(*asked.values()):
-                verdicts.append(function(**dict(zip(asked, values))))
-    except Exception as error:
+            for values in zip(*asked):
+                verdicts.append(function(**dict(zip(ASKED, values))))
+    except torch.OutOfMemoryError:  # of a reward model: fewer responses at a time may help
+        raise
+    except (Exception, SystemExit) as error:
         reward_fault(name, f"raised {described(error)}", questions[len(verdicts)], texts[len(verdicts)])
     if len(verdicts) != len(texts):
         reward_fault(name, f"gave {len(verdicts)} verdicts on {len(texts)} responses", questions[0], texts[0])
@@ -222,7 +244,7 @@ def is_verdict(value):
     numbers = [value.get("score"), value.get("acc", 0)] if isinstance(value, dict) else [value]
     try:
         return all(math.isfinite(number) for number in numbers)
-    except TypeError:  # text, None, a list
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # text, None, a list, a tensor of several numbers
         return False
 
 
@@ -255,43 +277,60 @@ def find_checkpoint(constants, questions):
     A run that has ended goes on if more steps are wanted, and nothing else. Nothing is changed here yet; what would
     keep a run from writing or from going on ends the program.
     """
-    folder, steps = Path(constants["OUTPUT_DIR"]), constants["NUM_STEPS"]
+    folder = Path(constants["OUTPUT_DIR"])
     try:
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        tempfile.TemporaryFile(dir=parent).close()
+        places = [next(path for path in (folder, *folder.absolute().parents) if path.exists())]
+        if holds_run(folder):  # it may have to be moved
+            places.append(folder.absolute().parent)
+            lock(folder).close()
+        for place in places:
+            tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
         fail(f"OUTPUT_DIR={folder} cannot be written: {error.strerror}")
-    if (folder / "run.db").exists():
-        lock(folder).close()
-    checkpoint = last_checkpoint(folder)
-    if not constants["RESUME"] or not checkpoint:
+    checkpoint = last_checkpoint(folder) if constants["RESUME"] else None
+    if not checkpoint or not goes_on(folder, checkpoint, constants, questions):
+        used = {"MODEL": constants["MODEL"], "REWARD": constants["REWARD"].rpartition(":")[0]}
+        used |= {source["path"]: source["path"] for source in constants["TRAIN_DATASETS"] + constants["EVAL_DATASETS"]}
+        for name, path in used.items():
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+                fail(f"{name} lies in OUTPUT_DIR={folder}, which belongs to a run: give this run another OUTPUT_DIR")
         return None
+    return checkpoint
 
+
+def goes_on(folder, checkpoint, constants, questions):
+    """Whether a run goes on from its checkpoint; if it should but cannot, the program ends."""
+    steps, epochs = constants["NUM_STEPS"], constants["NUM_EPOCHS"]
     start_over = "--RESUME=False starts over, and keeps what there is aside"
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        then, step, same_data = state["constants"], state["progress"]["step"], state["data"] == fingerprint(questions)
-    except (OSError, ValueError, KeyError) as error:
+        then, progress, same_data = state["constants"], state["progress"], state["data"] == fingerprint(questions)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{checkpoint / 'state.json'} cannot be read: {first_line(error)}; {start_over}")
     now = values_of(constants)
     changed = {
         name: f"{name} {then[name]!r} -> {now[name]!r}" for name in now if then.get(name, now[name]) != now[name]
     }
-    ended = (folder / (f"step_{then['NUM_STEPS']}" if then["NUM_STEPS"] else f"epoch_{then['NUM_EPOCHS']}")).exists()
-    longer = set(changed) in ({"NUM_STEPS"}, {"NUM_EPOCHS"}) and (steps is None or steps > step)
-    if ended and not longer:
-        return None
+    grown = [name for name in ("NUM_STEPS", "NUM_EPOCHS") if then[name] and now[name] and now[name] > then[name]]
+    if (checkpoint / "ended").exists() and not (changed and set(changed) <= set(grown)):
+        return False
     fixed = [change for name, change in changed.items() if name in FIXED]
     if fixed:
         fail(f"the run in {folder} cannot go on with {', '.join(fixed)}: set it back, or {start_over}")
     if not same_data:
         fail(f"the run in {folder} cannot go on: TRAIN_DATASETS held other questions when it began; {start_over}")
-    if steps and steps < step:
-        fail(f"the run in {folder} cannot go on to NUM_STEPS={steps}: it is at step {step}; {start_over}")
-    say(f"the run in {folder} goes on from step {step}")
+    if steps and steps < progress["step"]:
+        fail(f"the run in {folder} cannot go on to NUM_STEPS={steps}: it is at step {progress['step']}; {start_over}")
+    if not steps and (progress["epoch"], progress["drawn"]) > (epochs, 0):
+        fail(f"the run in {folder} cannot go on to NUM_EPOCHS={epochs}: it is past that; {start_over}")
+    say(f"the run in {folder} goes on from step {progress['step']}")
     for change in changed.values():
         say(f"  changed: {change}")
-    return checkpoint
+    return True
+
+
+def holds_run(folder):
+    return (folder / "run.db").exists() or (folder / "checkpoint").exists()
 
 
 def last_checkpoint(folder):
@@ -301,7 +340,7 @@ def last_checkpoint(folder):
 
 
 def fingerprint(questions):
-    return zlib.crc32(repr([(question.text, question.answer) for question in questions]).encode())
+    return zlib.crc32(repr([(question.prompt.tolist(), question.answer) for question in questions]).encode())
 
 
 def values_of(constants):
@@ -322,7 +361,7 @@ def lock(folder):
 
 # ---- The record of a run --------------------------------------------------------------------------------------------
 
-UNWRITABLE = (OSError, sqlite3.OperationalError, SafetensorError)  # what a full disk turns into
+UNWRITABLE = (OSError, sqlite3.DatabaseError, SafetensorError)  # what a full disk turns into
 
 
 @contextlib.contextmanager
@@ -340,12 +379,15 @@ def open_run(constants, checkpoint, *parts):
             run.save_checkpoint()
             raise
         ended = True
+        if run.state:
+            (last_checkpoint(run.folder) / "ended").touch()
     except UNWRITABLE as error:
-        fail(f"OUTPUT_DIR={run.folder} cannot be written: {first_line(error)}")
+        fail(f"OUTPUT_DIR={run.folder} cannot be read or written: {first_line(error)}")
     finally:
         run.close(ended)
-    if run.signal:
-        sys.exit(128 + run.signal)
+
+
+ADVICE = "go on with a lower LEARNING_RATE, or look for what is not finite in MODEL, the data or the reward"
 
 
 class Run:
@@ -360,6 +402,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.progress, self.questions = progress, questions
         self.signal, self.state, self.opened, self.start = None, None, contextlib.ExitStack(), time.time()
+        self.unsound = 0  # steps in a row with an update that was skipped
 
     def begin(self, checkpoint):
         if not checkpoint:
@@ -370,7 +413,10 @@ class Run:
         self.opened.callback(remove_unfinished, self.folder)
         self.db = self.opened.enter_context(open_db(self.folder / "run.db"))
         if checkpoint:
-            self.restore(checkpoint)
+            try:
+                self.restore(checkpoint)
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                fail(f"{checkpoint} cannot be read: {first_line(error)}; --RESUME=False starts over")
         steps, done = self.constants["NUM_STEPS"], self.progress.step
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)
         self.opened.enter_context(contextlib.closing(self.bar))
@@ -403,7 +449,9 @@ class Run:
         self.random = {"random.cpu": torch.get_rng_state()}
         if device != "cpu":
             self.random[f"random.{device}"] = getattr(torch, device).get_rng_state()
-        if last or stopping or step % self.constants["CHECKPOINT_EVERY"] == 0:
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            fail(f"after step {step} the weights are not finite: {ADVICE}")
+        if (last or stopping or step % self.constants["CHECKPOINT_EVERY"] == 0) and not self.unsound:
             self.save_checkpoint()
         if stopping:
             sys.exit(128 + stopping)
@@ -431,21 +479,23 @@ class Run:
         vars(self.progress).update(state["progress"])
         for index, rests in state["rests"].items():
             self.questions[int(index)].rests = rests
-        with self.db:
-            self.db.execute("DELETE FROM metrics WHERE step > ?", [self.progress.step])
-            self.db.execute("DELETE FROM responses WHERE step > ?", [self.progress.step])
         moments = {}
         for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
             first, _, rest = name.partition(".")
-            if first == "random":
-                torch.set_rng_state(tensor) if rest == "cpu" else getattr(torch, rest).set_rng_state(tensor)
-            else:
+            if first != "random":
                 moments.setdefault(int(first), {})[rest] = tensor.clone()  # without a hold on the file
+            elif rest == "cpu":
+                torch.set_rng_state(tensor)
+            elif rest == self.model.device.type:
+                getattr(torch, rest).set_rng_state(tensor)
         groups = self.optimizer.state_dict()["param_groups"]  # of this run's constants
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         version, key, gauss = state["random"]["python"]
         random.setstate((version, tuple(key), gauss))
         numpy.random.set_state(tuple(state["random"]["numpy"]))
+        with self.db:
+            self.db.execute("DELETE FROM metrics WHERE step > ?", [self.progress.step])
+            self.db.execute("DELETE FROM responses WHERE step > ?", [self.progress.step])
 
     def write(self, metrics, groups=()):
         """Records one step, in one transaction, and shows it; after an evaluation the pictures are drawn anew."""
@@ -471,21 +521,20 @@ class Run:
             if self.bar.disable and step % 5 == 0:  # no terminal
                 line = "  ".join(f"{label} {value}" for label, value in figures.items())
                 say(f"step {step}  {line}  {time.time() - self.start:.0f} s")
-        if metrics.get("skipped_updates"):
-            self.after_skipped_updates(step, metrics["skipped_updates"])
+        if "skipped_updates" in metrics:
+            self.count_skipped_updates(step, metrics["skipped_updates"])
         if "eval/accuracy" in metrics:
             say(f"step {step}: {describe(metrics)}")
             draw(self.folder)
 
-    def after_skipped_updates(self, step, count):
-        say(f"step {step}: {count} updates were skipped, their loss or gradient is not finite")
-        recent = "SELECT value FROM metrics WHERE name = 'skipped_updates' ORDER BY step DESC LIMIT 3"
-        if sum(value > 0 for (value,) in self.db.execute(recent).fetchall()) == 3:
-            fail(
-                f"in 3 steps in a row a loss or gradient was not finite: look at grad_norm and entropy in "
-                f"{self.folder / 'training_metrics.png'}, then try a lower LEARNING_RATE than "
-                f"{self.constants['LEARNING_RATE']}, or look for what is not finite in MODEL"
-            )
+    def count_skipped_updates(self, step, count):
+        """While there are some no checkpoint is saved, so that the last one is from before the trouble."""
+        self.unsound = self.unsound + 1 if count else 0
+        if count:
+            say(f"step {step}: {count} updates were skipped, their loss or gradient is not finite")
+        if self.unsound == 3:
+            picture = draw(self.folder)
+            fail(f"in 3 steps in a row a loss or gradient was not finite: look at {picture}; {ADVICE}")
 
     def save_model(self, name):
         with finished(self.folder / name) as unfinished:
@@ -496,7 +545,10 @@ class Run:
         """In Hugging Face form, with the generation_config that it came with and the script that made it."""
         bars.disable_progress_bar()
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        try:
+            self.tokenizer.save_pretrained(folder)
+        except Exception as error:  # a full disk is a plain Exception there
+            raise OSError(str(error)) from error
         self.model.own_generation_config.to_json_file(folder / "generation_config.json")
         (folder / "train_script.py").write_text(script_as_run(self.constants), encoding="utf-8")
 
@@ -505,7 +557,7 @@ class Run:
         self.opened.close()
         checkpoint = last_checkpoint(self.folder)
         if checkpoint and self.state and not ended:
-            words = [word for word in sys.argv if not word.startswith("--RESUME")]
+            words = [*sys.argv, *([] if self.constants["RESUME"] else ["--RESUME=True"])]
             say(f"to go on from {checkpoint}: {shlex.join(['python', *words])}")
 
 
@@ -531,10 +583,13 @@ def open_db(path):
 
 def set_aside(folder):
     """Moves a run that is in the folder to the next free number."""
-    if (folder / "run.db").exists():
+    if holds_run(folder):
         lock(folder).close()
         aside = next(p for p in (Path(f"{folder}_{n}") for n in range(1, sys.maxsize)) if not p.exists())
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            fail(f"OUTPUT_DIR={folder} cannot be moved aside, {error.strerror}: give this run another OUTPUT_DIR")
         say(f"{folder} holds an earlier run: it is now {aside}")
 
 
@@ -641,7 +696,7 @@ PANELS = {
 def read_metrics(folder):
     """{name: (steps, values)} of the run in a folder."""
     path = Path(folder) / "run.db"
-    if not path.exists():
+    if not os.path.exists(path):
         fail(f"there is no run in {str(folder)!r}: {path} is missing")
     curves = {}
     try:
@@ -675,8 +730,9 @@ def draw(folder):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
     picture = Path(folder) / "training_metrics.png"
-    figure.savefig(picture.with_suffix(".unfinished"), format="png", dpi=80)
-    return picture.with_suffix(".unfinished").replace(picture)
+    unfinished = picture.with_suffix(f".{os.getpid()}.unfinished")  # `plot` may draw the same while a run goes on
+    figure.savefig(unfinished, format="png", dpi=80)
+    return unfinished.replace(picture)
 
 
 def script_as_run(constants):
@@ -753,12 +809,12 @@ def parse(text, current):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
 def run_recipe(path, constants, known):
-    settings = {}
+    settings = {"__file__": path, "__name__": "recipe"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), settings)
     except OSError as error:
@@ -802,14 +858,15 @@ def check(constants):
     rules = [
         ("DEVICE", c["DEVICE"] in ["", *devices], f"{' or '.join(devices)} on this machine, or empty"),
         *[(name, c[name] >= 1, "at least 1") for name in AT_LEAST_ONE],
-        *[(name, 0 <= c[name] < math.inf, "at least 0") for name in NOT_NEGATIVE],
-        *[(name, 0 < c[name] < math.inf, "more than 0") for name in POSITIVE],
+        *[(name, 0 <= c[name] < math.inf, "at least 0, and finite") for name in NOT_NEGATIVE],
+        *[(name, 0 < c[name] < math.inf, "more than 0, and finite") for name in POSITIVE],
         ("SEED", 0 <= c["SEED"] < 2**32, "0 to 2**32 - 1"),
-        *[(name, c[name].strip(), "the name of a folder") for name in ("MODEL", "OUTPUT_DIR")],
+        ("MODEL", c["MODEL"].strip(), "a folder or the name of a model on the Hub"),
+        ("OUTPUT_DIR", c["OUTPUT_DIR"].strip()[:1] not in ("", "~"), "a folder, with no ~ for your home folder"),
         *[(name, is_data(c[name]), DATA_RULE) for name in ("TRAIN_DATASETS", "EVAL_DATASETS")],
         ("NUM_STEPS", c["NUM_STEPS"] is None or c["NUM_STEPS"] >= 1, "at least 1, or None"),
-        ("MINI_BATCHES", c["MINI_BATCHES"] <= c["BATCH_SIZE"] * c["GROUP_SIZE"], "at most BATCH_SIZE x GROUP_SIZE"),
         ("GROUP_SIZE", c["GROUP_SIZE"] >= 2, "at least 2: a response is compared with the others of its group"),
+        ("MINI_BATCHES", c["MINI_BATCHES"] <= c["BATCH_SIZE"] * c["GROUP_SIZE"], "at most BATCH_SIZE x GROUP_SIZE"),
         *[(name, 0 < c[name] < 1, "between 0 and 1") for name in ("CLIP_RANGE_LOW", "CLIP_RANGE_HIGH")],
         ("LOSS_AGG_MODE", c["LOSS_AGG_MODE"] in MODES, f"one of {', '.join(MODES)}"),
         ("OVERLONG_BUFFER_LENGTH", 0 <= c["OVERLONG_BUFFER_LENGTH"] <= limit, f"0 to MAX_RESPONSE_LENGTH, {limit}"),
@@ -825,10 +882,10 @@ DATA_RULE = f"a list of {{'path': ..., 'type': ..., 'input': ..., 'output': ...}
 
 def is_data(value):
     """Whether TRAIN_DATASETS or EVAL_DATASETS have the form that load_rows reads."""
-    needed, allowed = {"path", "type", "input", "output"}, {"path", "type", "input", "output", "name", "split"}
+    needed, hub = {"path", "type", "input", "output"}, {"name"}
     return value and all(
         isinstance(source, dict)
-        and needed <= set(source) <= allowed
+        and needed <= set(source) <= needed | {"split"} | (hub if source["type"] == "hub" else set())
         and all(isinstance(text, str) and text for text in source.values())
         and source["type"] in DATA_TYPES
         for source in value

@@ -225,7 +225,7 @@ def same_formula(prediction, truth):
 
 def start_worker():
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return subprocess.Popen([sys.executable, __file__], **pipes)
+    return subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)  # Ctrl-C is for who asks
 
 
 def ask_worker(*formulas):
@@ -246,10 +246,10 @@ def ask_worker(*formulas):
 
 def work():
     """The worker: reads two formulas a line, writes True or False."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it shares a console with who asks (Windows)
     from math_verify import LatexExtractionConfig, parse, verify
     from latex2sympy2_extended import NormalizationConfig
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     layout = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none", units=False)
     latex = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=layout)]
     answers, sys.stdout = sys.stdout, sys.stderr

@@ -6,6 +6,7 @@ import sqlite3
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, Qwen2Config
 
 import dapo
@@ -39,6 +40,10 @@ CONSTANTS = {
     "--MAX_PROMPT_LENGTH=3": "none of 6000 questions is of at most MAX_PROMPT_LENGTH=3 tokens",
     "--MAX_RESPONSE_LENGTH=257": "MODEL=toy has 512 positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are 513",
     "--OUTPUT_DIR=": "OUTPUT_DIR= is out of range",
+    "--OUTPUT_DIR=~/run": "OUTPUT_DIR=~/run is out of range",
+    "--GROUP_SIZE=0": "GROUP_SIZE=0 is out of range",
+    "--MAX_GRAD_NORM=1e999": "MAX_GRAD_NORM=inf is out of range: it has to be more than 0, and finite",
+    "--TRAIN_DATASETS={{'path': 'a'}}": "TRAIN_DATASETS is a list of data sets",
     "--TRAIN_DATASETS=mine.csv": "TRAIN_DATASETS is a list of data sets",
     "--TRAIN_DATASETS=[]": "TRAIN_DATASETS=[] is out of range",
     "--EVAL_DATASETS=['mine.csv']": "EVAL_DATASETS=['mine.csv'] is out of range",
@@ -49,8 +54,8 @@ CONSTANTS = {
 }
 
 
-def source(path, kind, question="question", answer="answer"):
-    return f"--TRAIN_DATASETS={[{'path': str(path), 'type': kind, 'input': question, 'output': answer}]}"
+def source(path, kind, question="question", answer="answer", **others):
+    return f"--TRAIN_DATASETS={[{'path': str(path), 'type': kind, 'input': question, 'output': answer, **others}]}"
 
 
 def stop_of(main, arguments, capsys):
@@ -98,7 +103,16 @@ def files(tmp_path, make_folder, tokenizer):
     (folder / "no_module.py").write_text("import no_such_module\n")
     (folder / "file").touch()
 
-    for name in ("no_weights", "broken_weights", "broken_config", "no_end", "no_tokenizer", "pickled"):
+    for name in (
+        "no_weights",
+        "broken_weights",
+        "broken_config",
+        "no_end",
+        "no_tokenizer",
+        "pickled",
+        "refuses",
+        "nan",
+    ):
         make_folder().rename(folder / name)
     (folder / "no_weights/model.safetensors").unlink()
     weights = folder / "broken_weights/model.safetensors"
@@ -110,6 +124,15 @@ def files(tmp_path, make_folder, tokenizer):
         path.unlink()
     torch.save({}, folder / "pickled/pytorch_model.bin")
     (folder / "pickled/model.safetensors").unlink()
+    (folder / "refuses/chat_template.jinja").write_text("{{ raise_exception('No questions please') }}")
+    weights = load_file(folder / "nan/model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "nan/model.safetensors", {"format": "pt"})
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Tom"}]}]
+    answered = [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "Ann"}]
+    (folder / "parts.json").write_text(json.dumps({"question": parts, "answer": "3"}))
+    (folder / "answered.json").write_text(json.dumps({"question": answered, "answer": "3"}))
+    (folder / "null.json").write_text('{"q": null, "answer": "1"}\n{"q": null, "answer": "2"}')
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     config = Qwen2Config(**sizes, vocab_size=len(tokenizer))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "classifier")
@@ -133,9 +156,20 @@ FILES = {
     "parquet as json": (lambda f: [source(f / "good.parquet", "json")], "good.parquet"),
     "a folder as csv": (lambda f: [source(f, "csv")], "files"),
     "no such column": (lambda f: [source(f / "good.parquet", "parquet", "q")], "there are: question, answer"),
+    "other parameters": (lambda f: [f"--REWARD={f / 'reward.py'}:mine"], "it is given data_source, solution_str"),
+    "a template that refuses": (lambda f: [f"--MODEL={f / 'refuses'}"], "No questions please"),
+    "multimodal content": (lambda f: [source(f / "parts.json", "json")], "neither text nor a list of chat messages"),
+    "an answer as last message": (lambda f: [source(f / "answered.json", "json")], "the last by the user"),
+    "a null in nested columns": (lambda f: [source(f / "null.json", "json", "q.text")], "no column 'q.text'"),
+    "no such split": (lambda f: [source(f / "good.parquet", "parquet", split="test")], "good.parquet"),
+    "weights not finite": (lambda f: [f"--MODEL={f / 'nan'}"], "weights that are not finite"),
+    "data in the output": (
+        lambda f: [source(f / "good.parquet", "parquet"), f"--OUTPUT_DIR={f}"],
+        "lies in OUTPUT_DIR",
+    ),
     "nothing nested": (lambda f: [source(f / "good.parquet", "parquet", "question.text")], "question.text"),
     "all rows blank": (lambda f: [source(f / "blank.csv", "csv")], "no row with a question and an answer"),
-    "questions that are lists": (lambda f: [source(f / "numbers.json", "json")], "neither text nor chat messages"),
+    "questions that are lists": (lambda f: [source(f / "numbers.json", "json")], "neither text nor a list of chat"),
     "a name not on the Hub": (lambda f: [source("nobody/nothing", "hub")], "nobody/nothing"),
     "recipe is no Python": (lambda f: [str(f / "text.py")], "text.py"),
     "recipe raises": (lambda f: [str(f / "raises.py")], "ZeroDivisionError"),

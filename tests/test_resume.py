@@ -120,17 +120,22 @@ def is_whole(folder):
 
 def test_killed_at_20_moments_it_ends_as_if_undisturbed(run, undisturbed, tmp_path):
     """By time, and at the moments when files are opened, renamed or removed."""
-    rng, kills, status = random.Random(0), 0, None
+    rng, kills, status, step = random.Random(0), 0, None, None
     while kills < 20 or status != 0:
         by_time, by_event = (
             ["time", rng.uniform(0.0, 0.8), signal.SIGKILL],
             ["event", rng.randrange(120), signal.SIGKILL],
         )
         status, said = run(*(["none"] if kills == 20 else [by_time, by_event][kills % 2]))
-        is_whole(tmp_path / "run")
+        assert step is None or f"goes on from step {step}" in said or "goes on" not in said and status
+        checkpoint = is_whole(tmp_path / "run")
+        assert checkpoint or step is None  # once there is one, there always is one, and never an older one
+        assert step is None or int(checkpoint.name[5:]) >= step
+        step = int(checkpoint.name[5:]) if checkpoint else None
         if status == 0:
             same(tmp_path / "run", undisturbed)
             shutil.rmtree(tmp_path / "run")  # if it got there before the 20 kills: once more
+            step = None
         else:
             assert status == -signal.SIGKILL, said
             kills += 1
@@ -154,7 +159,7 @@ def test_a_signal_ends_it_after_the_step_and_nothing_is_done_twice(number, run, 
 def test_a_full_disk_stops_it_and_costs_nothing(run, undisturbed, tmp_path):
     """No file can grow beyond a limit: the checkpoint, run.db, its log, the picture, the saved model hit it in turn."""
     largest = max(len(content) for content in undisturbed["files"].values())
-    rng, failures = random.Random(1), 0
+    rng, failures, went_on = random.Random(1), 0, 0
     for _ in range(8):
         status, said = run("size", rng.randrange(8192, largest))
         if status == 0:
@@ -162,15 +167,16 @@ def test_a_full_disk_stops_it_and_costs_nothing(run, undisturbed, tmp_path):
         failures += 1
         assert status == 2, said
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert "OUTPUT_DIR=" in line and "cannot be written" in line and "Traceback" not in said
+        assert "OUTPUT_DIR=" in line and "cannot be read or written" in line and "Traceback" not in said
+        went_on += "goes on from step" in said
         is_whole(tmp_path / "run")
         assert not list((tmp_path / "run").rglob("*.unfinished"))
-    assert failures >= 5
-    assert run()[0] == 0
+    status, said = run()
+    assert failures >= 5 and went_on and status == 0 and "goes on from step" in said
     same(tmp_path / "run", undisturbed)
 
 
-def test_an_exception_leaves_the_last_checkpoint(main, settings, undisturbed, monkeypatch, tmp_path):
+def test_an_exception_leaves_the_last_checkpoint(main, settings, undisturbed, monkeypatch, tmp_path, capsys):
     real, arguments = dapo.update, [*settings, f"--OUTPUT_DIR={tmp_path / 'run'}"]
 
     def fails(*parts):
@@ -184,6 +190,7 @@ def test_an_exception_leaves_the_last_checkpoint(main, settings, undisturbed, mo
     assert is_whole(tmp_path / "run").name == "step_6"
     monkeypatch.setattr(dapo, "update", real)
     main(arguments)
+    assert "goes on from step 6" in capsys.readouterr().out
     same(tmp_path / "run", undisturbed)
 
 
@@ -212,6 +219,7 @@ def test_a_reward_function_that_fails(at, main, settings, undisturbed, monkeypat
         assert db.execute("SELECT COALESCE(MAX(step), 0) FROM responses").fetchone() == (last,)
     monkeypatch.setattr(dapo.record, "load_reward", real)
     main(arguments)
+    assert f"goes on from step {last}" in capsys.readouterr().out
     same(tmp_path / "run", undisturbed)
 
 
@@ -287,7 +295,7 @@ def test_other_data_or_a_broken_checkpoint_are_refused(main, settings, tmp_path,
     source.write_text("question,answer\na,1\nb,2\n")
     data = f"--TRAIN_DATASETS={[{'path': str(source), 'type': 'csv', 'input': 'question', 'output': 'answer'}]}"
     main([*arguments, data, "--NUM_STEPS=1"])
-    shutil.rmtree(tmp_path / "run/step_1")  # as if it had been broken off before the end
+    next((tmp_path / "run/checkpoint").glob("*/ended")).unlink()  # as if it had been broken off before the end
     source.write_text("question,answer\na,1\nb,3\n")
     state = next((tmp_path / "run/checkpoint").glob("*/state.json"))
     for message in ("TRAIN_DATASETS held other questions when it began", "state.json"):
@@ -339,18 +347,67 @@ def test_who_reads_does_not_keep_it_from_writing(open_run, tmp_path):
 
 
 def test_three_steps_without_a_finite_gradient_stop_it(main, settings, undisturbed, monkeypatch, tmp_path, capsys):
-    real, arguments = dapo.accumulate_gradients, [*settings, f"--OUTPUT_DIR={tmp_path / 'run'}"]
+    real, update, arguments = dapo.accumulate_gradients, dapo.update, [*settings, f"--OUTPUT_DIR={tmp_path / 'run'}"]
 
     def spoiled(model, mini_batch):
         sums = real(model, mini_batch)
         next(model.parameters()).grad.fill_(float("nan"))
         return sums
 
-    monkeypatch.setattr(dapo, "accumulate_gradients", spoiled)
+    def spoiled_from_4_on(model, base, optimizer, groups, step):
+        monkeypatch.setattr(dapo, "accumulate_gradients", spoiled if step >= 4 else real)
+        return update(model, base, optimizer, groups, step)
+
+    monkeypatch.setattr(dapo, "update", spoiled_from_4_on)
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main([*arguments, "--CHECKPOINT_EVERY=1"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "3 steps in a row" in error and "LEARNING_RATE" in error and error.count("\n") == 1
     with contextlib.closing(sqlite3.connect(tmp_path / "run/run.db")) as db:
         skipped = db.execute("SELECT step, value FROM metrics WHERE name = 'skipped_updates' ORDER BY step").fetchall()
-    assert [step for step, _ in skipped] == [1, 2, 3] and all(count > 0 for _, count in skipped)
+    assert [step for step, count in skipped if count] == [4, 5, 6] and skipped[-1][0] == 6
+    assert is_whole(tmp_path / "run").name == "step_3"  # from before the trouble, so the run can go on
+    monkeypatch.setattr(dapo, "update", update)
+    monkeypatch.setattr(dapo, "accumulate_gradients", real)
+    main([*arguments, "--CHECKPOINT_EVERY=2"])
+    same(tmp_path / "run", undisturbed)
+
+
+def test_weights_that_are_not_finite_end_it_before_they_are_saved(main, settings, monkeypatch, tmp_path, capsys):
+    real = dapo.update
+
+    def spoils(model, *parts):
+        changes = real(model, *parts)
+        if parts[-1] == 2:
+            next(model.parameters()).data[0] = float("inf")
+        return changes
+
+    monkeypatch.setattr(dapo, "update", spoils)
+    with pytest.raises(SystemExit) as stop:
+        main([*settings, f"--OUTPUT_DIR={tmp_path / 'run'}", "--CHECKPOINT_EVERY=1"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "after step 2 the weights are not finite" in error and error.count("\n") == 1
+    assert is_whole(tmp_path / "run").name == "step_1"
+
+
+def test_what_a_run_reads_is_not_moved_away_with_an_earlier_run(main, settings, tmp_path, capsys):
+    arguments = [*settings, f"--OUTPUT_DIR={tmp_path / 'run'}"]
+    main([*arguments, "--NUM_STEPS=1"])
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--NUM_STEPS=1", f"--MODEL={tmp_path / 'run/step_1'}"])
+    assert stop.value.code == 2 and "MODEL lies in OUTPUT_DIR=" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "run/run.db").unlink()
+    main([*arguments, "--NUM_STEPS=1", "--RESUME=False"])  # a checkpoint alone is kept aside as well
+    assert list((tmp_path / "run_1/checkpoint").glob("step_*"))
+
+
+def test_fewer_epochs_are_not_gone_on_to(main, settings, tmp_path, capsys):
+    arguments = [*settings, f"--OUTPUT_DIR={tmp_path / 'run'}", "--NUM_STEPS=None", "--EVAL_EVERY=100"]
+    main([*arguments, "--NUM_EPOCHS=1"])
+    main([*arguments, "--NUM_EPOCHS=2"])
+    assert "changed: NUM_EPOCHS 1 -> 2" in capsys.readouterr().out and (tmp_path / "run/epoch_2").is_dir()
+    next((tmp_path / "run/checkpoint").glob("*/ended")).unlink()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--NUM_EPOCHS=1"])
+    assert "cannot go on to NUM_EPOCHS=1" in capsys.readouterr().err

@@ -177,6 +177,14 @@ def test_data_of_every_form_give_the_same_questions(name, kind, columns, data, t
         assert tokenizer.decode(one.prompt) == f"<|user|>{one.text}<|assistant|>"
 
 
+def test_a_split_selects_rows_of_a_file_too(data, tokenizer):
+    source = {"path": str(data / "q.csv"), "type": "csv", "input": "question", "output": "answer"}
+    parts = [dapo.load_questions([source | {"split": split}], tokenizer) for split in ("train[:3]", "train[3:10]")]
+    assert [[q.text for q in part] for part in parts] == [
+        [f"Tom has {n} apples." for n in span] for span in (range(10, 13), range(13, 20))
+    ]
+
+
 def test_rows_without_a_question_or_an_answer_are_left_out_and_counted(tokenizer, tmp_path, capsys):
     text, chat = tmp_path / "text.csv", tmp_path / "chat.json"
     text.write_text('question,answer\n1 + 1,2\n"",3\n"  ",4\nTom,\n2 + 2,4.5\n')
