@@ -574,8 +574,7 @@ def main(argv=None):
         if command == "train":
             train()
         elif command == "plot":
-            for folder in folders or [OUTPUT_DIR]:
-                print(record.draw(folder))
+            print(record.compare(folders) if len(folders) > 1 else record.draw(*(folders or [OUTPUT_DIR])))
         else:
             for folder in folders or [MODEL]:
                 tokenizer = load_tokenizer(folder)

@@ -7,15 +7,18 @@ import functools
 import gc
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import sqlite3
+import statistics
 import sys
 import tempfile
 import threading
@@ -747,6 +750,69 @@ def script_as_run(constants):
     return "".join(lines)
 
 
+COMPARED = {  # title: metric, x axis
+    "held-out accuracy, greedy": ("eval/accuracy", "step"),
+    "accuracy of the samples": ("accuracy", "step"),
+    "response length (tokens)": ("response_length/mean", "step"),
+    "held-out accuracy, by time": ("eval/accuracy", "minutes of training"),
+    "entropy (nats)": ("entropy", "step"),
+    "truncated responses": ("truncated_fraction", "step"),
+    "share of groups with a gradient": ("groups/with_gradient", "step"),
+    "accuracy of the samples, by time": ("accuracy", "minutes of training"),
+}
+
+
+def compare(folders):
+    """Draws several runs in one picture, outputs/comparison.png; returns its path.
+
+    Folders whose names differ only in seed0, seed1, ... at the end are one experiment, drawn as the mean and a band
+    from the lowest to the highest.
+    """
+    experiments = {}
+    for folder in folders:
+        name = re.sub(r"[-_/]?seed[-_]?\d+$", "", str(Path(folder)))
+        experiments.setdefault(name, []).append(with_derived(read_metrics(folder)))
+    figure = Figure(figsize=(15, 6.5))
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.08, top=0.87, wspace=0.2, hspace=0.45)
+    for axes, (title, (metric, against)) in zip(figure.subplots(2, 4).flat, COMPARED.items()):
+        for color, (name, runs) in enumerate(experiments.items()):
+            x, mean, lowest, highest = average(runs, metric, against)
+            label = name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
+            axes.plot(x, mean, "o-" if metric == "eval/accuracy" else "-", color=f"C{color}", markersize=3, label=label)
+            axes.fill_between(x, lowest, highest, color=f"C{color}", alpha=0.2)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel(against, fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=4)
+    picture = Path("outputs/comparison.png")
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture, dpi=80)
+    return picture
+
+
+def average(runs, metric, against):
+    """(x, mean, lowest, highest) of a metric over runs of one experiment, at the steps that all of them have."""
+    curves = [dict(zip(*run.get(metric, ((), ())))) for run in runs]
+    clocks = [dict(zip(*run.get(against, ((), ())))) for run in runs]  # none where x is the step itself
+    steps = sorted(set.intersection(*map(set, curves if against == "step" else curves + clocks)))
+    values = [[curve[step] for curve in curves] for step in steps]
+    x = steps if against == "step" else [statistics.fmean(clock[step] for clock in clocks) for step in steps]
+    return x, list(map(statistics.fmean, values)), list(map(min, values)), list(map(max, values))
+
+
+def with_derived(curves):
+    """Adds to read_metrics' curves the share of groups with a gradient among those trained on, and the clock."""
+    correct, wrong, dropped = (
+        dict(zip(*curves.get(name, ((), ()))))
+        for name in ("groups/all_correct", "groups/all_wrong", "dynamic_resample_rate")
+    )
+    steps = [step for step in dropped if step in correct and step in wrong and dropped[step] < 1]
+    shares = [min(1.0, (1 - correct[step] - wrong[step]) / (1 - dropped[step])) for step in steps]
+    timed, seconds = curves.get("time/step", ((), ()))
+    minutes = [total / 60 for total in itertools.accumulate([0.0, *seconds])]
+    return curves | {"groups/with_gradient": (steps, shares), "minutes of training": ([0, *timed], minutes)}
+
+
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 USAGE = """\
@@ -754,7 +820,7 @@ usage: python dapo.py [train|eval|plot] [recipe.py] [--NAME=VALUE ...] [FOLDER .
 
   train             trains MODEL, and leaves a record, pictures and the trained model in OUTPUT_DIR (the default)
   eval [FOLDER ..]  evaluates saved models on EVAL_DATASETS, or MODEL if none is named
-  plot [FOLDER ..]  draws training_metrics.png of runs again, or of the one in OUTPUT_DIR
+  plot [FOLDER ..]  draws training_metrics.png of a run again, or several runs into outputs/comparison.png
 
 A recipe is a Python file that sets constants; it is run as such. These are the constants and their values:
 """

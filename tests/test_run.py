@@ -5,6 +5,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -227,6 +228,52 @@ def test_eval_and_plot(main, settings, make_folder, tmp_path, capsys):
     (tmp_path / "run/training_metrics.png").unlink()
     main(["plot", str(tmp_path / "run")])
     assert (tmp_path / "run/training_metrics.png").exists()
+
+
+def home_made_run(folder, metrics):
+    """What a trainer of one's own has to write to be compared."""
+    folder.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("CREATE TABLE metrics (step INTEGER, name TEXT, value REAL)")
+        db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", metrics)
+    return str(folder)
+
+
+def test_seeds_are_averaged_and_clocks_added_up(tmp_path):
+    """Two seeds by hand, one of them a step longer: x, mean, lowest and highest."""
+    one = [(0, "eval/accuracy", 0.2), (1, "time/step", 60), (2, "eval/accuracy", 0.6), (2, "time/step", 120)]
+    other = [(0, "eval/accuracy", 0.4), (1, "time/step", 120), (2, "eval/accuracy", 0.8), (2, "time/step", 180)]
+    other += [(3, "eval/accuracy", 0.9), (3, "time/step", 60)]
+    groups = [(2, "groups/all_correct", 0.3), (2, "groups/all_wrong", 0.2), (2, "dynamic_resample_rate", 0.0)]
+    groups += [(3, "groups/all_correct", 0.3), (3, "groups/all_wrong", 0.2), (3, "dynamic_resample_rate", 0.6)]
+    folders = [home_made_run(tmp_path / name, rows) for name, rows in (("a_seed0", one), ("a_seed1", other + groups))]
+    runs = [dapo.record.with_derived(dapo.record.read_metrics(folder)) for folder in folders]
+    expected = [0, 2], [0.3, 0.7], [0.2, 0.6], [0.4, 0.8]
+    for found, right in zip(dapo.record.average(runs, "eval/accuracy", "step"), expected):
+        assert found == pytest.approx(right)
+    assert dapo.record.average(runs, "eval/accuracy", "minutes of training")[0] == pytest.approx([0, (3 + 5) / 2])
+    # all groups were trained on in step 2, and in step 3 only those that differ within, less surplus ones
+    assert dapo.record.average(runs[1:], "groups/with_gradient", "step")[1] == pytest.approx([0.5, 1.0])
+    assert dapo.record.average(runs, "groups/with_gradient", "step") == ([], [], [], [])
+
+
+def test_comparison(main, monkeypatch, tmp_path, capsys):
+    """Runs of any number, also of other trainers with few metrics, in one picture with their names."""
+    monkeypatch.chdir(tmp_path)
+    folders = [
+        home_made_run(tmp_path / name, [(step, "accuracy", step / 10), (step, "time/step", 1.0)])
+        for name, step in (("mine", 1), ("b_seed0", 2), ("b_seed1", 2), ("c/seed3", 4))
+    ]
+    labels, real = [], dapo.record.Figure.legend
+    monkeypatch.setattr(
+        dapo.record.Figure,
+        "legend",
+        lambda self, lines, names, **o: (labels.extend(names), real(self, lines, names, **o)),
+    )
+    main(["plot", *folders])
+    assert capsys.readouterr().out.strip() == str(Path("outputs/comparison.png"))
+    assert labels == [str(tmp_path / "mine"), f"{tmp_path / 'b'} (2 seeds)", str(tmp_path / "c")]
+    assert min(Image.open(tmp_path / "outputs/comparison.png").size) > 500
 
 
 def test_recipe_and_overrides_in_their_order(main, settings, tmp_path, capsys):
