@@ -452,7 +452,7 @@ class Run:
         self.random = {"random.cpu": torch.get_rng_state()}
         if device != "cpu":
             self.random[f"random.{device}"] = getattr(torch, device).get_rng_state()
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():
             fail(f"after step {step} the weights are not finite: {ADVICE}")
         if (last or stopping or step % self.constants["CHECKPOINT_EVERY"] == 0) and not self.unsound:
             self.save_checkpoint()
