@@ -519,9 +519,8 @@ def load_model(path, tokenizer):
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    return model.to(
-        DEVICE or best
-    ).eval()  # never train(): with dropout, the policy scored would not be the one sampled
+    # Never train(): with dropout, the policy scored would not be the one sampled.
+    return model.to(DEVICE or best).eval()
 
 
 def read_prompt(tokenizer, messages):

@@ -65,12 +65,12 @@ def plain_endings():
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
-        if "probability tensor contains" in str(error):  # torch.multinomial
-            fail("the model's probabilities are not finite: try a lower LEARNING_RATE, or look at the weights of MODEL")
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError as error:
         fail(f"DEVICE has too little memory for MODEL and what goes with it: {first_line(error)}")
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # torch.multinomial
+            raise
+        fail("the model's probabilities are not finite: try a lower LEARNING_RATE, or look at the weights of MODEL")
 
 
 def halve_when_out_of_memory(name):
@@ -141,8 +141,10 @@ def load_rows(source):
 
 
 def as_messages(question, path):
-    if not question or not isinstance(question, (list, dict)):
-        return [{"role": "user", "content": str(question or "")}]
+    if blank(question) or question in ([], {}):
+        return [{"role": "user", "content": ""}]
+    if not isinstance(question, (list, dict)):
+        return [{"role": "user", "content": str(question)}]
     try:
         fits = all(isinstance(message["content"] or "", str) for message in question) and question[-1]["role"] == "user"
     except (TypeError, KeyError):
@@ -418,7 +420,7 @@ class Run:
         if checkpoint:
             try:
                 self.restore(checkpoint)
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 fail(f"{checkpoint} cannot be read: {first_line(error)}; --RESUME=False starts over")
         steps, done = self.constants["NUM_STEPS"], self.progress.step
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)

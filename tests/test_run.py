@@ -196,10 +196,10 @@ def test_rows_without_a_question_or_an_answer_are_left_out_and_counted(tokenizer
     text = {"path": str(text), "type": "csv", "input": "question", "output": "answer"}
     chat = {"path": str(chat), "type": "json", "input": "q", "output": "a"}
     numbers = tmp_path / "numbers.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"q": ["1", "2"], "a": [float("nan"), 7.0]}), numbers)
+    pyarrow.parquet.write_table(pyarrow.table({"q": [1.0, 0.0, float("nan")], "a": [float("nan"), 7.0, 8.0]}), numbers)
     numbers = {"path": str(numbers), "type": "parquet", "input": "q", "output": "a"}
     questions = dapo.load_questions([text, chat, numbers], tokenizer)
-    assert [(q.text, q.answer) for q in questions] == [("1 + 1", "2.0"), ("2 + 2", "4.5"), ("Tom", "1"), ("2", "7.0")]
+    assert [(q.text, q.answer) for q in questions] == [("1 + 1", "2.0"), ("2 + 2", "4.5"), ("Tom", "1"), ("0.0", "7.0")]
     said = capsys.readouterr().out
     assert f"3 of 5 rows of {text['path']} have no question or no answer" in said
     assert f"4 of 5 rows of {chat['path']} have no question or no answer" in said
