@@ -1,0 +1,131 @@
+"""benchmarks/ablation.py: are the settings what they are called, and the table's figures those of the runs?"""
+
+import runpy
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import dapo
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation  # noqa: E402
+
+SETTINGS = {name: constants for name, (script, constants) in ablation.all_settings().items()}
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(ablation, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def test_the_first_is_grpo_and_dapo_is_dapo(main):
+    assert SETTINGS["dapo"] == {name: getattr(dapo, name) for name in SETTINGS["dapo"]}
+    before = {name: value for name, value in vars(dapo).items() if name.isupper()}
+    runpy.run_path(str(ROOT / "grpo.py"))  # `main` sets dapo's constants back
+    changed = {name for name in before if getattr(dapo, name) != before[name]} - {"OUTPUT_DIR", "KL_COEF"}
+    assert changed < set(SETTINGS["naive GRPO"])
+    assert all(getattr(dapo, name) == value for name, value in SETTINGS["naive GRPO"].items() if name != "KL_COEF")
+
+
+def test_each_setting_is_one_idea_away():
+    def changed(one, other):
+        return {name for name in SETTINGS[one] if SETTINGS[one][name] != SETTINGS[other][name]}
+
+    ladder = ["naive GRPO", *(name for name in SETTINGS if name.startswith("+"))]
+    assert len(ladder) == len(ablation.PAPER)
+    for one, other in zip(ladder, ladder[1:]):
+        assert changed(one, other) == set(ablation.IDEAS[other.removeprefix("+ ")])
+    assert changed(ladder[-1], "dapo") == set(ablation.IDEAS["overlong filtering"])
+    for idea, constants in list(ablation.IDEAS.items())[1:]:
+        without = SETTINGS[f"dapo without {idea}"]
+        assert changed("dapo", f"dapo without {idea}") == set(constants)
+        assert all(without[name] == SETTINGS["naive GRPO"][name] for name in constants)
+
+
+def make_run(setting, seed, shift=0.0):
+    """A run of 30 steps whose held-out accuracy is its step / 20, whose entropy and length are its step, and so on."""
+    path = ablation.folder_of(setting, seed)
+    (path / f"step_{ablation.STEPS}").mkdir(parents=True)
+    with sqlite3.connect(path / "run.db") as db:
+        db.execute("CREATE TABLE metrics (step INTEGER, name TEXT, value REAL)")
+        rows = [(n, "eval/accuracy", min(1, n / 20)) for n in range(0, 31, 2)]
+        rows += [(n, "eval/avg@4", n / 30 + shift) for n in range(0, 31, 2)]
+        for n in range(1, 31):
+            # half of the groups sampled are even, and a quarter of them is dropped: 0.5 / 0.75 of the rest are not
+            step = {"time/step": 2, "entropy": n, "truncated_fraction": n / 100, "dynamic_resample_rate": 0.25}
+            step |= {"groups/all_correct": 0.4, "groups/all_wrong": 0.1}
+            rows += [(n, *item) for item in step.items()]
+        db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", rows)
+    db.close()
+
+
+def test_results_of_one_run(folder):
+    make_run("dapo", 0)
+    expected = {
+        "sampled, step 20": 20 / 30,
+        "sampled, step 30": 1.0,
+        "sampled, mean over steps": 0.5,
+        "greedy, step 20": 1.0,
+        "greedy, step 30": 1.0,
+        "steps to 0.9 greedy": 18,
+        "seconds to 0.9": 36.0,
+        "entropy, mid-run": 15.0,  # steps 13 to 17
+        "truncated, end": 0.28,  # steps 26 to 30
+        "groups with a gradient, end": 2 / 3,
+    }
+    assert ablation.results(ablation.folder_of("dapo", 0)) == pytest.approx(expected)
+
+
+def test_table_and_picture(folder):
+    for seed, shift in enumerate([0.0, 0.01, 0.02]):
+        make_run("naive GRPO", seed, shift)
+    make_run("dapo", 0)
+    settings = ablation.all_settings()
+    head, _, naive, full = ablation.table(settings, 4).splitlines()
+    columns = head.strip("| ").split(" | ")
+    cells = dict(zip(columns, naive.strip("| ").split(" | ")))
+    assert (cells["setting"], cells["seeds"], cells["paper"]) == ("naive GRPO", "3", "30")
+    assert cells["sampled, step 30"] == "1.010 ± 0.006"  # 0.01 / sqrt(3)
+    assert cells["steps to 0.9 greedy"] == "18.0 ± 0.0"
+    assert full.startswith("| dapo | 1 |  | ")
+    ablation.draw(settings, 4)
+    assert (folder / "ablation.png").stat().st_size > 10_000
+
+
+def test_runs_that_did_not_get_there():
+    inf = float("inf")
+    assert ablation.in_words([inf, inf], 1) == "not reached"
+    assert ablation.in_words([20, inf, 22], 1) == "in 2 of 3 seeds"
+
+
+def test_what_is_done_is_not_done_again(folder, monkeypatch):
+    started = []
+
+    def start(script, constants, path, seed):
+        started.append((path.name, seed))
+        return subprocess.Popen([sys.executable, "-c", f"import os; os.makedirs({str(path / 'step_30')!r})"])
+
+    monkeypatch.setattr(ablation, "start", start)
+    settings = {"dapo": ("dapo.py", {})}
+    ablation.train_all(settings, 2, jobs=1)
+    ablation.train_all(settings, 3, jobs=2)
+    assert started == [("dapo_seed0", 0), ("dapo_seed1", 1), ("dapo_seed2", 2)]
+
+
+def test_a_run_that_fails_stops_the_others(folder, monkeypatch, capsys):
+    programs = iter(["import sys; sys.exit(2)", "import time; time.sleep(60)"])
+    running = []
+
+    def start(*_):
+        running.append(subprocess.Popen([sys.executable, "-c", next(programs)]))
+        return running[-1]
+
+    monkeypatch.setattr(ablation, "start", start)
+    with pytest.raises(SystemExit):
+        ablation.train_all({"dapo": ("dapo.py", {})}, 2, jobs=2)
+    assert "dapo_seed0 ended with exit status 2" in capsys.readouterr().err
+    assert all(process.poll() is not None for process in running)
