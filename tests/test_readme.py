@@ -1,0 +1,197 @@
+"""README.md and README_zh.md say the same, and what they say is so."""
+
+import ast
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections import Counter
+
+import pandas
+import pytest
+from conftest import ROOT
+
+import dapo
+
+FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+EN, ZH = FILES.values()
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
+UNITS = {"million": 10**6, "billion": 10**9, "万": 10**4, "亿": 10**8}
+
+
+def sections(text):
+    """[(heading, prose)], the blocks of code left out."""
+    parts = re.split(r"^(#+ .*)$", BLOCK.sub("", text), flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2]))
+
+
+def numbers(text):
+    """Counts of all numbers written in digits; those in links' targets and names such as step_40 are not numbers."""
+    found = re.findall(r"(?<![\w.])(-?\d+(?:[.,]\d+)*)(?: ?(million|billion|万|亿))?", LINK.sub(r"\1", text), re.ASCII)
+    values = [(float(digits.replace(",", "")), UNITS.get(unit, 1)) for digits, unit in found]
+    return Counter(round(value * unit, 6) for value, unit in values)
+
+
+def anchors(text):
+    """What GitHub calls the headings in links, in their order."""
+    headings = [heading.lstrip("# ").lower() for heading, _ in sections(text)]
+    return ["#" + re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings]
+
+
+def test_both_have_the_same_blocks_of_code():
+    assert BLOCK.findall(EN) == BLOCK.findall(ZH) and len(BLOCK.findall(EN)) > 10
+
+
+def test_both_have_the_same_headings():
+    levels = [[heading.count("#") for heading, _ in sections(text)] for text in (EN, ZH)]
+    assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize("pair", list(zip(sections(EN), sections(ZH))), ids=lambda pair: pair[0][0])
+def test_both_have_the_same_numbers(pair):
+    english, chinese = (numbers(prose) for _, prose in pair)
+    assert english == chinese, f"only in English {english - chinese}, only in Chinese {chinese - english}"
+
+
+@pytest.mark.parametrize("pair", list(zip(sections(EN), sections(ZH))), ids=lambda pair: pair[0][0])
+def test_both_have_the_same_links(pair):
+    places = dict(zip(anchors(ZH), anchors(EN))) | {"README.md": "README_zh.md"}
+    english, chinese = ([target for _, target in LINK.findall(prose)] for _, prose in pair)
+    assert Counter(english) == Counter(places.get(target, target) for target in chinese)
+
+
+@pytest.mark.parametrize("pair", list(zip(sections(EN), sections(ZH))), ids=lambda pair: pair[0][0])
+def test_both_name_the_same_things(pair):
+    english, chinese = (Counter(re.findall(r"`([^`\n]+)`", prose)) for _, prose in pair)
+    assert set(english) == set(chinese)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_formulas_in_a_line_are_set(name):
+    """GitHub takes a $ for the beginning of a formula only after a space, and for its end only before one or a sign."""
+    for before, after in re.findall(r"(.?)\$[^$\n]+\$(.?)", BLOCK.sub("", FILES[name])):
+        assert before in ("", " ", "(") and re.fullmatch(r"[ .,;:)]?", after), (before, after)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_lead_somewhere(name):
+    for text, target in LINK.findall(FILES[name]):
+        path, _, place = target.partition("#")
+        if not path:
+            assert target in anchors(FILES[name]), target
+        elif not path.startswith("https://"):
+            assert (ROOT / path).is_file(), target
+            if place:
+                line = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(place.removeprefix("L")) - 1]
+                assert line.startswith(f"def {text.strip('`')}("), f"{target} is now the line {line!r}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_named_exists(name):
+    """Each constant, file, function and metric. What only stands for something of the reader's is in `theirs`."""
+    theirs = {"position_ids", "eval/"}
+    source = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
+    for span in set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", FILES[name]))) - theirs:
+        if re.fullmatch(r"[A-Z][A-Z_0-9]+(=.*)?", span):
+            assert hasattr(dapo, span.partition("=")[0]), span
+        elif re.fullmatch(r"[\w/]+\.(py|md|png|parquet|txt|json)|[\w/]+/", span) and "step_" not in span:
+            made = span in ("training_metrics.png", "run.db", "checkpoint/") or span.startswith("outputs/")
+            assert made or (ROOT / span).exists(), span
+        elif re.fullmatch(r"[a-z_]+", span):
+            assert re.search(rf"\b{span}\b", source), span
+
+
+def test_every_metric_is_explained(run_folder):
+    """The names in a run's run.db are those in the table, which writes k for EVAL_SAMPLES."""
+    written = {name.replace("@2", "@k") for name in dapo.record.read_metrics(run_folder / "outputs/metrics")}
+    for name, text in FILES.items():
+        table = next(prose for _, prose in sections(text) if "| `accuracy` |" in prose)
+        first = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        assert written == set(re.findall(r"`(.*?)`", " ".join(first))), name
+
+
+SHORT = {
+    "NUM_STEPS": 2,
+    "MODEL": "toy",
+    "TRAIN_DATASETS": [{"path": "few.parquet", "type": "parquet", "input": "question", "output": "answer"}],
+    "BATCH_SIZE": 2,
+    "GROUP_SIZE": 2,
+    "MINI_BATCHES": 1,
+    "MAX_RESPONSE_LENGTH": 24,
+    "OVERLONG_BUFFER_LENGTH": 8,
+    "DEVICE": "cpu",
+}
+SHORT["EVAL_DATASETS"] = SHORT["TRAIN_DATASETS"]
+
+
+def shortened(constants=SHORT):
+    return [f"--{name}={value}" for name, value in constants.items()]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """Where a reader would be: the toy, eight questions of it, and the files that README asks to write."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "toy").symlink_to(ROOT / "toy")
+    (folder / "reward.py").symlink_to(ROOT / "reward.py")
+    pandas.read_parquet(ROOT / "toy/train.parquet").head(8).to_parquet(folder / "few.parquet")
+    for _, code in BLOCK.findall(EN):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (folder / name[1]).write_text(code, encoding="utf-8")
+    more = shortened({"OUTPUT_DIR": "outputs/metrics", "KL_COEF": 0.1, "EVAL_SAMPLES": 2, "CHECKPOINT_EVERY": 50})
+    subprocess.run([sys.executable, str(ROOT / "dapo.py"), *shortened(), *more], cwd=folder, check=True)
+    return folder
+
+
+COMMANDS = [
+    line
+    for language, block in BLOCK.findall(EN)
+    for line in block.splitlines()
+    if language == "bash" and not re.match(r"git clone|python3? -m|pip install", line)
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, run_folder, main, monkeypatch, capsys):
+    """Each as it stands, only with SHORT after it where it would train, and in the order in which they stand."""
+    monkeypatch.chdir(run_folder)
+    program, script, *arguments = shlex.split(command.replace("step_40", "step_2").replace("step = 10", "step = 2"))
+    assert program == "python"
+    if script == "-c":
+        assert subprocess.run([sys.executable, "-c", *arguments], capture_output=True, check=True).stdout
+    elif script in ("dapo.py", "grpo.py"):
+        if script == "grpo.py":
+            runpy.run_path(str(ROOT / script))  # sets its constants; dapo.main is what it then calls
+        quick = "plot" in arguments or "--help" in arguments
+        try:
+            main(arguments if quick else arguments + shortened())
+        except SystemExit as end:
+            assert "--help" in arguments and not end.code
+        assert capsys.readouterr().out
+    else:  # takes long: at least it is there, and takes these arguments
+        options = [word for word in arguments if word.startswith("--")]
+        listed = subprocess.run(
+            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
+        )
+        assert all(option.partition("=")[0] in listed.stdout for option in options)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_figures_are_those_measured(name):
+    """Each row with standard errors is a part of one of outputs/reference/ablation.md, which benchmarks/ablation.py
+    wrote, and none of its rows is left out."""
+
+    def rows(text):
+        return [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and " ± " in row]
+
+    measured = [set(row) for row in rows((ROOT / "outputs/reference/ablation.md").read_text(encoding="utf-8"))]
+    shown = [{cell for cell in row[1:] if cell} for row in rows(FILES[name])]
+    assert all(any(row <= whole for whole in measured) for row in shown)
+    assert all(any(row <= whole for row in shown) for whole in measured)
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCK.findall(EN) if language == "python"])
+def test_python_shown_is_python(block):
+    ast.parse(block)
