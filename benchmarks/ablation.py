@@ -207,11 +207,17 @@ def draw(settings, seeds):
     figure.savefig(FOLDER / "ablation.png", dpi=75)
 
 
+def count(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def main():
     settings = all_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, on one thread each")
+    parser.add_argument("--seeds", type=count, default=3)
+    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="runs at a time, on one thread each")
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings), metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too
