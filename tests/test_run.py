@@ -21,7 +21,7 @@ def data(tmp_path_factory):
     """The same 12 questions in every form, some of them overlong; a Hub data set is a folder here."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{"question": f"Tom has {n} apples.", "answer": f"#### {n}"} for n in range(10, 20)]
-    rows += [{"question": "Tom has 9 apples. " * 60, "answer": "#### 9"}] * 2
+    rows += [{"question": f"Tom has {n} apples. " * 60, "answer": f"#### {n}"} for n in (8, 9)]
     table = dapo.record.datasets.Dataset.from_list(rows)
     table.to_parquet(folder / "q.parquet")
     table.to_csv(folder / "q.csv")
@@ -274,6 +274,21 @@ def test_comparison(main, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(Path("outputs/comparison.png"))
     assert labels == [str(tmp_path / "mine"), f"{tmp_path / 'b'} (2 seeds)", str(tmp_path / "c")]
     assert min(Image.open(tmp_path / "outputs/comparison.png").size) > 500
+
+
+def test_repeated_questions_are_left_out(tmp_path, capsys):
+    """As in DAPO-Math-17k on the Hub. The first answer stands, the order stays, and another system prompt is another
+    question."""
+    asked = [{"role": "user", "content": "6 times 7?"}]
+    rows = [(asked, "42"), ([{"role": "user", "content": "2 plus 2?"}], "4"), (asked, "42"), (asked, "43")]
+    rows += [([{"role": "system", "content": "Be brief."}, *asked], "42"), (asked, "")]
+    lines = (json.dumps({"prompt": prompt, "reward_model": {"ground_truth": truth}}) for prompt, truth in rows)
+    (tmp_path / "math.json").write_text("\n".join(lines))
+    source = {"path": str(tmp_path / "math.json"), "type": "json", "input": "prompt"}
+    kept = dapo.record.load_rows(source | {"output": "reward_model.ground_truth"})
+    assert kept == [rows[0], rows[1], rows[4]]
+    said = capsys.readouterr().out
+    assert "1 of 6 rows" in said and "2 of 6 rows" in said and "repeat a question" in said
 
 
 def test_recipe_and_overrides_in_their_order(main, settings, tmp_path, capsys):
