@@ -41,6 +41,7 @@ TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv or hub; i
 EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
+PROMPT_TEMPLATE = "{question}"  # what the model is asked; the tokenizer's chat template, if any, comes around it
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
@@ -525,8 +526,11 @@ def load_model(path, tokenizer):
 
 def read_prompt(tokenizer, messages):
     """Chat messages → token ids, as a list. Without a chat template only the last message is read."""
+    *before, last = messages
+    asked = PROMPT_TEMPLATE.replace("{question}", last["content"])
     if not tokenizer.chat_template:
-        return tokenizer(messages[-1]["content"])["input_ids"]
+        return tokenizer(asked)["input_ids"]
+    messages = [*before, last | {"content": asked}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 

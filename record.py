@@ -273,7 +273,8 @@ def reward_fault(name, what, question, text) -> NoReturn:
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-FIXED = ("MODEL", "TRAIN_DATASETS", "MAX_PROMPT_LENGTH", "SEED")  # with others it would not be the same run
+# With others it would not be the same run.
+FIXED = ("MODEL", "TRAIN_DATASETS", "PROMPT_TEMPLATE", "MAX_PROMPT_LENGTH", "SEED")
 
 
 @dataclass
@@ -939,6 +940,7 @@ def check(constants):
         *[(name, 0 < c[name] < math.inf, "more than 0, and finite") for name in POSITIVE],
         ("SEED", 0 <= c["SEED"] < 2**32, "0 to 2**32 - 1"),
         ("MODEL", c["MODEL"].strip(), "a folder or the name of a model on the Hub"),
+        ("PROMPT_TEMPLATE", "{question}" in c["PROMPT_TEMPLATE"], "a text with {question} in it"),
         ("OUTPUT_DIR", c["OUTPUT_DIR"].strip()[:1] not in ("", "~"), "a folder, with no ~ for your home folder"),
         *[(name, is_data(c[name]), DATA_RULE) for name in ("TRAIN_DATASETS", "EVAL_DATASETS")],
         ("NUM_STEPS", c["NUM_STEPS"] is None or c["NUM_STEPS"] >= 1, "at least 1, or None"),

@@ -40,6 +40,7 @@ CONSTANTS = {
     "--MAX_PROMPT_LENGTH=3": "none of 6000 questions is of at most MAX_PROMPT_LENGTH=3 tokens",
     "--MAX_RESPONSE_LENGTH=257": "MODEL=toy has 512 positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are 513",
     "--OUTPUT_DIR=": "OUTPUT_DIR= is out of range",
+    "--PROMPT_TEMPLATE=Solve: {}": "PROMPT_TEMPLATE=Solve: {} is out of range: it has to be a text with {question}",
     "--OUTPUT_DIR=~/run": "OUTPUT_DIR=~/run is out of range",
     "--GROUP_SIZE=0": "GROUP_SIZE=0 is out of range",
     "--MAX_GRAD_NORM=1e999": "MAX_GRAD_NORM=inf is out of range: it has to be more than 0, and finite",

@@ -55,6 +55,7 @@ def settings(tmp_path_factory, make_folder):
         REWARD=f"{folder / 'chance.py'}:compute_score", NUM_STEPS=24, EVAL_EVERY=12, EVAL_SAMPLES=2, SAVE_EVERY=7,
         CHECKPOINT_EVERY=2, BATCH_SIZE=4, GROUP_SIZE=3, MINI_BATCHES=3, MAX_GEN_BATCHES=3, REST_EPOCHS=1,
         MAX_RESPONSE_LENGTH=12, OVERLONG_BUFFER_LENGTH=4, LEARNING_RATE=1e-3, KL_COEF=0.01, MAX_PROMPT_LENGTH=256,
+        PROMPT_TEMPLATE="{question}",
     )  # fmt: skip
     return [f"--{name}={value}" for name, value in constants.items()]
 
@@ -253,6 +254,7 @@ def test_what_may_change_in_mid_run_does_and_the_rest_is_refused(main, settings,
     refused = {
         "--SEED=6": "cannot go on with SEED 5 -> 6: set it back, or --RESUME=False starts over",
         "--MAX_PROMPT_LENGTH=99": "MAX_PROMPT_LENGTH 256 -> 99",
+        "--PROMPT_TEMPLATE={question}?": "PROMPT_TEMPLATE '{question}' -> '{question}?'",
         "--NUM_STEPS=2": "cannot go on to NUM_STEPS=2: it is at step 3",
     }
     for argument, message in refused.items():

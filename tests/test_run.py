@@ -1,6 +1,7 @@
 """Whole runs by the command line, on a tiny random model and a few questions: what a run leaves, and what it says."""
 
 import contextlib
+import copy
 import json
 import sqlite3
 import subprocess
@@ -176,6 +177,20 @@ def test_data_of_every_form_give_the_same_questions(name, kind, columns, data, t
         assert one.text == same.text and one.answer.removeprefix("#### ") == same.answer.removeprefix("#### ")
         assert torch.equal(one.prompt, same.prompt)
         assert tokenizer.decode(one.prompt) == f"<|user|>{one.text}<|assistant|>"
+
+
+def test_the_prompt_template_comes_around_the_question_and_into_the_chat_template(set_constants, tokenizer):
+    set_constants(PROMPT_TEMPLATE="Solve {question}\nUse \\boxed{}, not {}.")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages += [{"role": "user", "content": "Tom has {question} apples."}]
+    asked = "Solve Tom has {question} apples.\nUse \\boxed{}, not {}."
+    whole = [*messages[:2], {"role": "user", "content": asked}]
+    with_chat = tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert dapo.read_prompt(tokenizer, messages) == with_chat
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert dapo.read_prompt(plain, messages) == tokenizer(asked)["input_ids"] != with_chat
+    assert messages[2]["content"] == "Tom has {question} apples."
 
 
 def test_a_split_selects_rows_of_a_file_too(data, tokenizer):
