@@ -52,16 +52,16 @@ WITHOUT = {  # the same constants where the idea is not used
     "LOSS_AGG_MODE": "seq-mean-token-mean",
     "USE_DYNAMIC_SAMPLING": False,
 }
-PAPER = [30, 36, 38, 41, 42, 50]  # AIME 2024, avg@32, Qwen2.5-32B
+LADDER = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
+PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
 
 def all_settings():
     """{name: (script, constants)}: grpo.py, the six of the paper's table, DAPO, DAPO with one idea taken out."""
     settings, constants = {"grpo.py": ("grpo.py", {})}, WITHOUT
-    settings["naive GRPO"] = "dapo.py", constants
-    for idea, changed in IDEAS.items():
+    for name, changed in zip(LADDER, [{}, *IDEAS.values()]):
         constants = constants | changed
-        settings[f"+ {idea}"] = "dapo.py", constants
+        settings[name] = "dapo.py", constants
     dapo = constants | {"USE_OVERLONG_FILTERING": False}
     settings["dapo"] = "dapo.py", dapo
     for idea, changed in list(IDEAS.items())[1:]:
@@ -79,8 +79,16 @@ def done(folder):
     return (folder / f"step_{STEPS}").exists()
 
 
-def folders_done(setting, seeds):
-    return [folder_of(setting, seed) for seed in range(seeds) if done(folder_of(setting, seed))]
+def finished_runs(settings):
+    """{setting: the curves of each of its whole runs}, for the settings that have any."""
+    folders = {
+        name: [path for path in sorted(FOLDER.glob(folder_of(name, "*").name)) if done(path)] for name in settings
+    }
+    return {
+        name: [record.with_derived(record.read_metrics(path)) for path in paths]
+        for name, paths in folders.items()
+        if paths
+    }
 
 
 def start(script, constants, folder, seed):
@@ -129,9 +137,8 @@ def train_all(settings, seeds, jobs):
             process.wait()
 
 
-def results(folder):
+def results(curves):
     """What the table says of one run."""
-    curves = record.with_derived(record.read_metrics(folder))
     at = {name: dict(zip(*curve)) for name, curve in curves.items()}
     sampled = f"eval/avg@{RUN['EVAL_SAMPLES']}"
     steps = next((step for step, value in at["eval/accuracy"].items() if value >= 0.9), math.inf)
@@ -163,19 +170,15 @@ def in_words(values, digits):
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
-def table(settings, seeds):
-    """The Markdown table, for the settings that have at least one whole run."""
-    lines, paper = [], iter(PAPER)
-    for name in settings:
-        runs = [results(folder) for folder in folders_done(name, seeds)]
-        score = next(paper) if name == "naive GRPO" or name.startswith("+") else ""
-        if runs:
-            digits = {"steps to 0.9 greedy": 1, "seconds to 0.9": 0}
-            cells = [in_words([run[column] for run in runs], digits.get(column, 3)) for column in runs[0]]
-            if not lines:
-                lines = [["setting", "seeds", "paper", *runs[0]], ["---"] * (len(runs[0]) + 3)]
-            lines.append([name, str(len(runs)), str(score), *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def table(runs):
+    """The Markdown table."""
+    lines, digits = [], {"steps to 0.9 greedy": 1, "seconds to 0.9": 0}
+    for name, curves in runs.items():
+        found = [results(run) for run in curves]
+        cells = [in_words([result[column] for result in found], digits.get(column, 3)) for column in found[0]]
+        lines.append([name, str(len(found)), PAPER.get(name, ""), *cells])
+    head = ["setting", "seeds", "paper", *found[0]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
 DRAWN = {  # title: metric
@@ -187,17 +190,14 @@ DRAWN = {  # title: metric
 }
 
 
-def draw(settings, seeds):
+def draw(runs):
     """The picture: above the paper's six settings, below DAPO and what is left of it without one idea."""
-    ladder = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
+    rows = [name for name in LADDER if name in runs], [name for name in runs if name.startswith("dapo")]
     figure = Figure(figsize=(18, 7.5), layout="constrained")
-    for part, names in zip(figure.subfigures(2, 1), (ladder, [name for name in settings if name.startswith("dapo")])):
+    for part, names in zip(figure.subfigures(2, 1), rows):
         for axes, (title, metric) in zip(part.subplots(1, len(DRAWN)), DRAWN.items()):
             for name in names:
-                runs = [record.with_derived(record.read_metrics(folder)) for folder in folders_done(name, seeds)]
-                if not runs:
-                    continue
-                x, mean, lowest, highest = record.average(runs, metric, "step")
+                x, mean, lowest, highest = record.average(runs[name], metric, "step")
                 (line,) = axes.plot(x, mean, linewidth=1.3, label=name)
                 axes.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.12)
             axes.set_title(title, fontsize="medium")
@@ -223,9 +223,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too
     with record.plain_endings():
         train_all({name: settings[name] for name in options.settings}, options.seeds, options.jobs)
-        most = max(seed for seed in range(1000) if any(done(folder_of(name, seed)) for name in settings)) + 1
-        text = table(settings, most)
-        draw(settings, most)
+        runs = finished_runs(settings)
+        text = table(runs)
+        draw(runs)
         (FOLDER / "ablation.md").write_text(text, encoding="utf-8")
         print(text)
 

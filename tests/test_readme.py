@@ -1,6 +1,5 @@
 """README.md and README_zh.md say the same, and what they say is so."""
 
-import ast
 import re
 import runpy
 import shlex
@@ -190,8 +189,3 @@ def test_the_figures_are_those_measured(name):
     shown = [{cell for cell in row[1:] if cell} for row in rows(FILES[name])]
     assert all(any(row <= whole for whole in measured) for row in shown)
     assert all(any(row <= whole for row in shown) for whole in measured)
-
-
-@pytest.mark.parametrize("block", [block for language, block in BLOCK.findall(EN) if language == "python"])
-def test_python_shown_is_python(block):
-    ast.parse(block)
