@@ -16,6 +16,7 @@ GRPO is the same without 2 and 3, without the two changes in 5, and with a KL pe
 a sampling engine such as vLLM. Reading data, the run's record, its pictures and the command line are in record.py.
 """
 
+import functools
 import itertools
 import math
 import random
@@ -28,7 +29,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+import evaluation
 from reward import overlong_penalty
 
 # ---- Constants: read when a function runs, so that the command line, a recipe or grpo.py can set them ---------------
@@ -41,7 +44,7 @@ TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv or hub; i
 EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
-PROMPT_TEMPLATE = "{question}"  # what the model is asked; the tokenizer's chat template, if any, comes around it
+PROMPT_TEMPLATE = "{question}"  # what is asked, or: boxed, answer (--help); a chat template, if any, comes around it
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
@@ -56,6 +59,7 @@ EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new p
 EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which only the last is kept
+REPORT_TO = ""  # mirrors of the metrics: tensorboard or wandb, or both with a comma between them
 
 # Sampling
 BATCH_SIZE = 32  # questions a step
@@ -92,6 +96,7 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
 DAPO_EPOCHS = 1  # passes over each batch
 MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
 MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding included; halved likewise
+GRADIENT_CHECKPOINTING = False  # keep each layer's input only, and compute the layer again: less memory, more time
 LOGITS_CHUNK = 2**25  # logits made at a time: 0.125 GiB, and about 6 times that while they are worked on
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -134,6 +139,7 @@ class Response:
     truncated: bool  # cut off by MAX_RESPONSE_LENGTH
     accuracy: float  # 1 right, 0 wrong
     reward: float  # 1 right, -1 wrong, less the overlong penalty
+    prediction: str | None  # the answer in it, where REWARD tells
     advantage: float | None = None  # None: its group was dropped
     old_log_probs: torch.Tensor | None = None  # (T,) by the policy that sampled it
     base_log_probs: torch.Tensor | None = None  # (T,) by the base model, where there is a KL_COEF
@@ -152,11 +158,11 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)  # (B, P)
     width = ids.shape[1]
     with autocast(model):  # around all of it, so that the weights are cast once and not for each token
-        cache, before = DynamicCache(config=model.config), mask[:, :-1]
+        cache, before = NarrowCache(config=model.config), mask[:, :-1]
         if width > 1:  # the last token is left to the loop
             positions = before.cumsum(1).sub(1).clamp(min=0)
             model.base_model(ids[:, :-1], attention_mask=before, position_ids=positions, past_key_values=cache)
-        cache.batch_repeat_interleave(group_size)
+        cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(group_size))
         ids, mask = (tensor.repeat_interleave(group_size, 0) for tensor in (ids, mask))
         token, position, live = ids[:, -1:], mask.sum(1, keepdim=True) - 1, torch.arange(len(ids), device=device)
         mask = torch.nn.functional.pad(mask, (0, MAX_RESPONSE_LENGTH), value=1)  # (B·G, P + MAX_RESPONSE_LENGTH)
@@ -172,7 +178,7 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
                 if len(rows) == 0:
                     break
                 token, position, live, mask = token[rows], position[rows], live[rows], mask[rows]
-                cache.batch_select_indices(rows)
+                cache.reorder_cache(rows)
     is_end = torch.isin(tokens, ends)
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, MAX_RESPONSE_LENGTH).tolist()
     return [row[:length] for row, length in zip(tokens.cpu(), lengths)]
@@ -183,7 +189,7 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     """`group_size` judged responses to each question: a list of groups, each a list of Responses."""
     asked, tokens = [question for question in questions for _ in range(group_size)], []
     size = max(1, GENERATION_BATCH // group_size)
-    for first in range(0, len(questions), size):
+    for first in record.progress(range(0, len(questions), size), "sampling"):
         prompts = [question.prompt for question in questions[first : first + size]]
         tokens += sample_tokens(model, prompts, group_size, greedy)
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -195,7 +201,7 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
 def reward_response(question, tokens, text, truncated, verdict):
     """A Response with its reward: ±1 for the answer (eq. 7) and the soft overlong punishment (eq. 13)."""
     penalty = overlong_penalty(len(tokens), MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR)
-    return Response(question, tokens, text, truncated, float(verdict["acc"]), verdict["score"] + penalty)
+    return Response(question, tokens, text, truncated, verdict["acc"], verdict["score"] + penalty, verdict.get("pred"))
 
 
 # ---- Dynamic sampling -----------------------------------------------------------------------------------------------
@@ -240,8 +246,6 @@ def group_advantages(rewards):
 
     A group of equal rewards, or of one, gives zeros.
     """
-    if rewards.shape[1] == 1:
-        return torch.zeros_like(rewards)
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     even = (rewards == rewards[:, :1]).all(1, keepdim=True)  # rounding in the mean would be blown up by the tiny std
     return advantages.masked_fill(even, 0.0)
@@ -325,7 +329,7 @@ def chunk_log_probs(model, decoded, hidden, targets):
     The head is the model's own forward, its decoder replaced by one that hands on `hidden`. The last layer alone would
     miss what some models do to their logits after it: Gemma 2 caps them, Granite scales them.
     """
-    decoder = model.base_model
+    decoder = model.get_decoder()
     decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
     try:
         with autocast(model):
@@ -398,7 +402,6 @@ def accumulate_gradients(model, mini_batch):
         losses = {name: aggregate_loss(loss, mask, LOSS_AGG_MODE, denominator) for name, loss in token_losses.items()}
         weights = {"policy_loss": 1.0, "entropy_loss": ENTROPY_COEF, "kl": KL_COEF}
         sum(weights[name] * loss for name, loss in losses.items()).backward()
-
         low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages)
         per_token = {"entropy": entropy.detach(), "clip_fraction/low": low, "clip_fraction/high": high}
         sums.update({name: loss.detach() * tokens for name, loss in losses.items()})
@@ -457,14 +460,14 @@ def train():
         while progress.step != NUM_STEPS:
             run.checkpoint()
             if progress.step % EVAL_EVERY == 0:
-                run.write(evaluate(model, tokenizer, held_out))
+                run.write(evaluation.metrics(*evaluate(model, tokenizer, held_out)))
             metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, progress)
             if not sampled:  # NUM_EPOCHS are over
                 break
             run.write(metrics, sampled)
         run.checkpoint(last=True)
         if NUM_STEPS or progress.step % EVAL_EVERY:  # else it was just done
-            run.write(evaluate(model, tokenizer, held_out))
+            run.write(evaluation.metrics(*evaluate(model, tokenizer, held_out)))
         run.save_model(f"step_{progress.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
 
 
@@ -520,14 +523,43 @@ def load_model(path, tokenizer):
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    if GRADIENT_CHECKPOINTING:
+        recompute_layers(model)
     # Never train(): with dropout, the policy scored would not be the one sampled.
     return model.to(DEVICE or best).eval()
+
+
+def recompute_layers(model):
+    """Gradient checkpointing: layers keep their input only, and are computed again in the backward pass.
+
+    transformers' own works in train() only, with dropout, and leaves sampling without its cache.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        record.fail(f"GRADIENT_CHECKPOINTING=True is not possible: {type(model).__name__} has no layers made for it")
+    for layer in layers:
+        layer.forward = functools.partial(recomputed, layer.forward)
+
+
+def recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():  # in sampling
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+class NarrowCache(DynamicCache):
+    """In bf16 under autocast, half of what the rotary embedding leaves; attention would cast it at every token."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if torch.is_autocast_enabled(keys.device.type):
+            keys, values = keys.bfloat16(), values.bfloat16()
+        return super().update(keys, values, *args, **kwargs)
 
 
 def read_prompt(tokenizer, messages):
     """Chat messages → token ids, as a list. Without a chat template only the last message is read."""
     *before, last = messages
-    asked = PROMPT_TEMPLATE.replace("{question}", last["content"])
+    asked = record.template_of(globals()).replace("{question}", last["content"])
     if not tokenizer.chat_template:
         return tokenizer(asked)["input_ids"]
     messages = [*before, last | {"content": asked}]
@@ -553,21 +585,43 @@ def load_questions(data, tokenizer):
 
 
 def evaluate(model, tokenizer, questions):
-    """Metrics on held-out questions: greedy accuracy, and for EVAL_SAMPLES k > 1 the mean and the best of k.
+    """Groups of responses to held-out questions: a greedy one each, and EVAL_SAMPLES at TEMPERATURE if that is above 1.
 
     Shows the answer to the longest question. Its random numbers are its own, so that evaluating does not change a run.
     """
-    greedy = sample_groups(model, tokenizer, questions, 1, greedy=True)
+    greedy, sampled = sample_groups(model, tokenizer, questions, 1, greedy=True), []
+    check_policy(model, min(greedy, key=lambda group: len(group[0].question.prompt))[0])
     record.show(max(greedy, key=lambda group: len(group[0].question.prompt))[0])
-    metrics = {"eval/accuracy": sum(group[0].accuracy for group in greedy) / len(greedy)}
     if EVAL_SAMPLES > 1:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
-            groups = sample_groups(model, tokenizer, questions, EVAL_SAMPLES)
-        right = [[response.accuracy for response in group] for group in groups]
-        metrics[f"eval/avg@{EVAL_SAMPLES}"] = sum(map(sum, right)) / len(right) / EVAL_SAMPLES
-        metrics[f"eval/pass@{EVAL_SAMPLES}"] = sum(map(max, right)) / len(right)
-    return metrics
+            sampled = sample_groups(model, tokenizer, questions, EVAL_SAMPLES)
+    return greedy, sampled
+
+
+@torch.no_grad()
+def check_policy(model, response):
+    """Refuses a model whose cache or head does not work as here assumed, by one greedy response with a padded prompt.
+
+    Its tokens have to be the likeliest, and to have the log-probabilities, that a plain forward pass gives them. What
+    bf16 rounds away is far from half a nat in the mean of the first 64 tokens; a cache that is not used is beyond it.
+    """
+    prompt, tokens = response.question.prompt, response.tokens[:64]
+    with autocast(model):
+        logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
+    plain = (logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE).log_softmax(-1)  # (T, V)
+    chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
+    scored = token_log_probs(model, [prompt], [tokens])[0][0]
+    if (plain.amax(-1) - chosen).mean() > 0.5 or (scored - chosen).abs().mean() > 0.5:
+        kind = type(model).__name__
+        record.fail(f"MODEL: {kind} cannot be trained here, for its cache or head works in another way than usual")
+
+
+def load_saved(name):
+    """The model of a folder, a run's folder or the Hub, for `eval` and `chat`: (its path, model, tokenizer)."""
+    path = evaluation.saved_model(name)
+    tokenizer = load_tokenizer(path)
+    return path, load_model(path, tokenizer), tokenizer
 
 
 def main(argv=None):
@@ -578,12 +632,16 @@ def main(argv=None):
             train()
         elif command == "plot":
             print(record.compare(folders) if len(folders) > 1 else record.draw(*(folders or [OUTPUT_DIR])))
+        elif command == "chat":
+            path, model, tokenizer = load_saved(*(folders or [MODEL]))
+            with autocast(model):
+                evaluation.chat(path, model, tokenizer, read_prompt, MAX_RESPONSE_LENGTH, TEMPERATURE)
         else:
-            for folder in folders or [MODEL]:
-                tokenizer = load_tokenizer(folder)
-                questions = load_questions(EVAL_DATASETS, tokenizer)
-                metrics = evaluate(load_model(folder, tokenizer), tokenizer, questions)
-                print(f"{folder}: {record.describe(metrics)}")
+            results = {}
+            for name in folders or [MODEL]:
+                path, model, tokenizer = load_saved(name)
+                results[path] = evaluate(model, tokenizer, load_questions(EVAL_DATASETS, tokenizer))
+            print(evaluation.report(results))
 
 
 if __name__ == "__main__":

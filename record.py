@@ -101,6 +101,17 @@ def halve_when_out_of_memory(name):
 # ---- Models and data files ------------------------------------------------------------------------------------------
 
 
+PROMPT_TEMPLATES = {  # what PROMPT_TEMPLATE may name: the two usual ways to have an answer announced
+    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "answer": "{question}\nPlease reason step by step, and write your final answer in the last line, after 'Answer:'.",
+}
+
+
+def template_of(constants):
+    """What is asked, with {question} where the question goes."""
+    return PROMPT_TEMPLATES.get(constants["PROMPT_TEMPLATE"], constants["PROMPT_TEMPLATE"])
+
+
 def from_pretrained(kind, path, **options):
     """kind.from_pretrained(path) for one of transformers' Auto classes, with a progress bar only for downloads."""
     (bars.disable_progress_bar if os.path.isdir(path) else bars.enable_progress_bar)()
@@ -402,6 +413,36 @@ def open_run(constants, checkpoint, *parts):
         run.close(ended)
 
 
+def tensorboard_mirror(folder, values):
+    """Metrics in folder/tensorboard: (write(metrics, step), close)."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    remove(folder / "tensorboard")  # a run that goes on writes it anew
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def write(metrics, step):
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write, writer.close
+
+
+def wandb_mirror(folder, values):
+    """Metrics in a run of W&B, named like the folder: (write(metrics, step), close)."""
+    import wandb
+
+    run = wandb.init(project="dapo", name=folder.name, dir=folder, config=values)
+    return run.log, run.finish
+
+
+MIRRORS = {"tensorboard": tensorboard_mirror, "wandb": wandb_mirror}
+
+
+def mirrors_of(constants):
+    return [name.strip() for name in constants["REPORT_TO"].split(",") if name.strip()]
+
+
 ADVICE = "go on with a lower LEARNING_RATE, or look for what is not finite in MODEL, the data or the reward"
 
 
@@ -432,12 +473,25 @@ class Run:
                 self.restore(checkpoint)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 fail(f"{checkpoint} cannot be read: {first_line(error)}; --RESUME=False starts over")
+        self.mirrors = [self.open_mirror(name) for name in mirrors_of(self.constants)]
         steps, done = self.constants["NUM_STEPS"], self.progress.step
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)
         self.opened.enter_context(contextlib.closing(self.bar))
         if threading.current_thread() is threading.main_thread():  # nowhere else are signals received
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.opened.callback(signal.signal, number, signal.signal(number, self.stop))
+
+    def open_mirror(self, name):
+        """Its function write(metrics, step), which already has what a run that goes on has in its run.db."""
+        try:
+            write, close = MIRRORS[name](self.folder, self.values)
+        except Exception as error:  # W&B without an account or a network
+            fail(f"REPORT_TO={name} cannot be written to: {first_line(error)}")
+        self.opened.callback(close)
+        rows = self.db.execute("SELECT step, name, value FROM metrics ORDER BY step")
+        for step, values in itertools.groupby(rows, lambda row: row[0]):
+            write({name: math.nan if value is None else value for _, name, value in values}, step)
+        return write
 
     def stop(self, number, frame):
         """What Ctrl-C and SIGTERM do."""
@@ -522,6 +576,8 @@ class Run:
                 judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
                 values = step, r.question.text, r.question.answer, r.text, *judged
                 self.db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+        for write in self.mirrors:
+            write(metrics, step)
         shown = {
             "accuracy": "accuracy",
             "reward": "reward/mean",
@@ -643,8 +699,13 @@ def remove_unfinished(folder):
 
 def describe(metrics):
     """The results of an evaluation in words."""
-    results = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
-    return "held-out " + ", ".join(f"{name} {value:.3f}" for name, value in results.items())
+    shown = [name for name in metrics if re.fullmatch(r"eval/(accuracy|(avg|pass|maj)@\d+)", name)]
+    return "held-out " + ", ".join(f"{name.removeprefix('eval/')} {metrics[name]:.3f}" for name in shown)
+
+
+def progress(items, description):
+    """A bar over `items` that appears only if it takes long, and goes away when it is done."""
+    return tqdm(items, description, leave=False, delay=5, disable=None)
 
 
 def show(response):
@@ -828,15 +889,17 @@ def with_derived(curves):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 USAGE = """\
-usage: python dapo.py [train|eval|plot] [recipe.py] [--NAME=VALUE ...] [FOLDER ...]
+usage: python dapo.py [train|eval|chat|plot] [recipe.py] [--NAME=VALUE ...] [FOLDER ...]
 
   train             trains MODEL, and leaves a record, pictures and the trained model in OUTPUT_DIR (the default)
-  eval [FOLDER ..]  evaluates saved models on EVAL_DATASETS, or MODEL if none is named
+  eval [FOLDER ..]  evaluates models on EVAL_DATASETS, several side by side; without a folder, MODEL
+  chat [FOLDER]     puts your questions to a model, or to MODEL
   plot [FOLDER ..]  draws training_metrics.png of a run again, or several runs into outputs/comparison.png
 
-A recipe is a Python file that sets constants; it is run as such. These are the constants and their values:
+A recipe is a Python file that sets constants; it is run as such. The folder of a run stands for the model it saved
+last. PROMPT_TEMPLATE is a text with {question} in it, or a word for one:
 """
-COMMANDS = ("train", "eval", "plot")
+COMMANDS = ("train", "eval", "chat", "plot")
 OPTIONAL = {"NUM_STEPS": int}  # constants that may be None, and their type otherwise
 
 
@@ -861,7 +924,8 @@ def read_command_line(argv, constants):
     words, known = [], assignments(read_source(constants["__file__"]))
     for argument in sys.argv[1:] if argv is None else argv:
         if argument in ("-h", "--help"):
-            print(USAGE + "\n".join(help_lines(constants)))
+            templates = "".join(f"  {name}: {text!r}\n" for name, text in PROMPT_TEMPLATES.items())
+            print(f"{USAGE}{templates}\nThese are the constants and their values:\n" + "\n".join(help_lines(constants)))
             sys.exit()
         if argument.startswith("-"):
             name, equals, text = argument.lstrip("-").partition("=")
@@ -875,7 +939,14 @@ def read_command_line(argv, constants):
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if words and command == "train":
         fail(f"{words[0]!r} is not a command; there are {', '.join(COMMANDS)}")
+    if words[1:] and command == "chat":
+        fail(f"chat is with one model, not with {len(words)}: {', '.join(words)}")
     check(constants)
+    for name in mirrors_of(constants) if command == "train" else ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            fail(f"REPORT_TO={name}: {first_line(error)}; pip install {name}, or leave it out")
     if command != "plot":
         load_reward(constants["REWARD"])  # now, and not when the first responses are there
     return command, words
@@ -940,9 +1011,10 @@ def check(constants):
         *[(name, 0 < c[name] < math.inf, "more than 0, and finite") for name in POSITIVE],
         ("SEED", 0 <= c["SEED"] < 2**32, "0 to 2**32 - 1"),
         ("MODEL", c["MODEL"].strip(), "a folder or the name of a model on the Hub"),
-        ("PROMPT_TEMPLATE", "{question}" in c["PROMPT_TEMPLATE"], "a text with {question} in it"),
+        ("PROMPT_TEMPLATE", "{question}" in template_of(c), TEMPLATE_RULE),
         ("OUTPUT_DIR", c["OUTPUT_DIR"].strip()[:1] not in ("", "~"), "a folder, with no ~ for your home folder"),
         *[(name, is_data(c[name]), DATA_RULE) for name in ("TRAIN_DATASETS", "EVAL_DATASETS")],
+        ("REPORT_TO", set(mirrors_of(c)) <= set(MIRRORS), f"{' or '.join(MIRRORS)}, both with a comma, or empty"),
         ("NUM_STEPS", c["NUM_STEPS"] is None or c["NUM_STEPS"] >= 1, "at least 1, or None"),
         ("GROUP_SIZE", c["GROUP_SIZE"] >= 2, "at least 2: a response is compared with the others of its group"),
         ("MINI_BATCHES", c["MINI_BATCHES"] <= c["BATCH_SIZE"] * c["GROUP_SIZE"], "at most BATCH_SIZE x GROUP_SIZE"),
@@ -955,6 +1027,7 @@ def check(constants):
             fail(f"{name}={c[name]} is out of range: it has to be {rule}")
 
 
+TEMPLATE_RULE = f"a text with {{question}} in it, or one of {', '.join(PROMPT_TEMPLATES)}"
 DATA_TYPES = ("parquet", "json", "csv", "hub")
 DATA_RULE = f"a list of {{'path': ..., 'type': ..., 'input': ..., 'output': ...}}, type {', '.join(DATA_TYPES)}"
 

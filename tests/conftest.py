@@ -9,38 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import dapo  # noqa: E402  (first: datasets has to come before torch on Windows)
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoTokenizer,
-    Gemma2Config,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from architectures import ARCHITECTURES, REFUSED  # noqa: E402
+from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
 from transformers import AutoModelForCausalLM as Auto  # noqa: E402
 
 dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
 
-SIZES = dict(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=512,
-)
-CONFIGS = {
-    "qwen2": lambda **ids: Qwen2Config(**SIZES, **ids),
-    "qwen3": lambda **ids: Qwen3Config(**SIZES, head_dim=8, **ids),
-    "llama": lambda **ids: LlamaConfig(**SIZES, **ids),
-    # both caps low enough to bite, and a window shorter than the prompts
-    "gemma2": lambda **ids: Gemma2Config(
-        **SIZES, head_dim=8, sliding_window=6, final_logit_softcapping=1.5, attn_logit_softcapping=2.0, **ids
-    ),
-    "gpt2": lambda **ids: GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=512, resid_pdrop=0.3, **ids),
-}
 HOSTILE = dict(do_sample=True, top_k=5, top_p=0.3, repetition_penalty=1.5, temperature=0.3, min_p=0.2, max_length=7)
 
 
@@ -54,12 +29,13 @@ def make_folder(tmp_path_factory, tokenizer):
     """Saves a tiny random model with the toy's tokenizer, as a user would find one; gives its folder."""
 
     def make(kind="qwen2", ends=None, generation=HOSTILE, pad=None, seed=0):
-        folder = tmp_path_factory.mktemp(kind)
+        folder = tmp_path_factory.mktemp(kind.partition(",")[0])
         torch.manual_seed(seed)
         ends = [tokenizer.eos_token_id] if ends is None else ends
         pad = tokenizer.pad_token_id if pad is None else pad
         ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ends, pad_token_id=pad)
-        model = Auto.from_config(CONFIGS[kind](**ids))
+        config, sizes = (ARCHITECTURES | REFUSED)[kind]
+        model = Auto.from_config(config(**sizes, **ids))
         for parameter in model.parameters():  # far from uniform, so that a leak of top_k or temperature shows
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.6)
@@ -106,6 +82,6 @@ def question(text="q", answer="1", length=5):
     return dapo.Question(text, answer, "test", torch.arange(10, 10 + length))
 
 
-def response(accuracy=1.0, reward=None, tokens=(4, 5, 6), truncated=False, asked=None):
+def response(accuracy=1.0, reward=None, tokens=(4, 5, 6), truncated=False, asked=None, prediction=None):
     reward = 2 * accuracy - 1 if reward is None else reward
-    return dapo.Response(asked or question(), torch.tensor(tokens), "", truncated, accuracy, reward)
+    return dapo.Response(asked or question(), torch.tensor(tokens), "", truncated, accuracy, reward, prediction)

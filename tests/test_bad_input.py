@@ -50,7 +50,9 @@ CONSTANTS = {
     "--EVAL_DATASETS=['mine.csv']": "EVAL_DATASETS=['mine.csv'] is out of range",
     "--TRAIN_DATASETS=[{'path': 'a.csv', 'type': 'csv'}]": "TRAIN_DATASETS=",
     "--TRAIN_DATASETS=[{'path': 'a.txt', 'type': 'txt', 'input': 'q', 'output': 'a'}]": "parquet, json, csv, hub",
-    "tran": "'tran' is not a command; there are train, eval, plot",
+    "--PROMPT_TEMPLATE=box": "a text with {question} in it, or one of boxed, answer",
+    "--REPORT_TO=mlflow": "REPORT_TO=mlflow is out of range: it has to be tensorboard or wandb",
+    "tran": "'tran' is not a command; there are train, eval, chat, plot",
     "missing.py": "the recipe 'missing.py' cannot be read: No such file",
 }
 

@@ -340,6 +340,9 @@ class TwoTokens(torch.nn.Module):
         super().__init__()
         self.base_model, self.lm_head = Ones(), torch.nn.Linear(1, 2, bias=False)
 
+    def get_decoder(self):
+        return self.base_model
+
     def forward(self, inputs_embeds, use_cache):
         return CausalLMOutputWithPast(logits=self.lm_head(self.base_model().last_hidden_state))
 

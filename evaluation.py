@@ -1,0 +1,197 @@
+"""How good a model is: the measures of an evaluation, the report that `eval` prints, and `chat`."""
+
+import math
+import re
+import sqlite3
+import statistics
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from record import fail, say, shorten
+from reward import answers_match, extract_answer
+
+# ---- Measures -------------------------------------------------------------------------------------------------------
+
+
+def best_of(values, j):
+    """The mean of the best of j over all choices of j among the k values: for 0 and 1, pass@j without bias.
+
+    The i-th smallest is the best of C(i - 1, j - 1) of the C(k, j) choices. (Chen et al. 2021, arXiv 2107.03374, give
+    this for 0 and 1 as 1 - C(k - c, j) / C(k, j), with c ones.)
+    """
+    choices = math.comb(len(values), j)
+    return sum(value * math.comb(i, j - 1) for i, value in enumerate(sorted(values))) / choices
+
+
+def majority(group):
+    """The accuracy of the answer that most responses of a group give; of several with as many votes, their mean.
+
+    Answers worth the same are one answer, and a response without one has no vote.
+    """
+    answers = []  # lists of responses, each with the same answer
+    for response in group:
+        if response.prediction:
+            for same in answers:
+                if answers_match(response.prediction, same[0].prediction):
+                    same.append(response)
+                    break
+            else:
+                answers.append([response])
+    most = max(map(len, answers), default=0)
+    return statistics.fmean(r.accuracy for same in answers or [group] if len(same) >= most for r in same)
+
+
+def measures(greedy, sampled):
+    """{name: a value for each question}, given dapo.evaluate's groups; their means are the metrics.
+
+    Those named @k are of k samples, and those without of the greedy response.
+    """
+    found = {}
+    for groups, k in ((greedy, ""), (sampled, f"@{len(sampled[0])}" if sampled else "")):
+        if not groups:
+            continue
+        accuracies = [[response.accuracy for response in group] for group in groups]
+        found["avg" + k if k else "accuracy"] = list(map(statistics.fmean, accuracies))
+        if k:
+            powers = [2**n for n in range(1, len(sampled[0]).bit_length())]
+            for j in sorted({*powers, len(sampled[0])}):
+                found[f"pass@{j}"] = [best_of(values, j) for values in accuracies]
+            if any(response.prediction is not None for group in groups for response in group):
+                found["maj" + k] = list(map(majority, groups))
+        found["response_length" + k] = [statistics.fmean(len(r.tokens) for r in group) for group in groups]
+        found["truncated_fraction" + k] = [statistics.fmean(r.truncated for r in group) for group in groups]
+    return found
+
+
+def metrics(greedy, sampled):
+    """{"eval/...": mean over the questions} of all measures."""
+    return {f"eval/{name}": statistics.fmean(values) for name, values in measures(greedy, sampled).items()}
+
+
+# ---- The report of `eval` -------------------------------------------------------------------------------------------
+
+WORST = 10  # questions shown
+
+
+def report(results):
+    """What `eval` prints, given {model: dapo.evaluate's groups}: a table for each data set, and the worst questions.
+
+    Models are compared on the questions that all of them were asked: a tokenizer may make a question too long.
+    """
+    asked = [{key(group): i for i, group in enumerate(greedy)} for greedy, _ in results.values()]
+    common = [place for place in asked[0] if all(place in others for others in asked)]
+    lines = []
+    for path in dict.fromkeys(path for path, _ in common):
+        places = [place for place in common if place[0] == path]
+        parts = {
+            model: [[groups[index[place]] for place in places] if groups else [] for groups in result]
+            for (model, result), index in zip(results.items(), asked)
+        }
+        lines += ["", f"{path}: {len(places)} questions", *comparison(parts), *worst_questions(parts)]
+    return "\n".join(lines)
+
+
+def key(group):
+    return group[0].question.source, group[0].question.text
+
+
+def comparison(results):
+    """A row for each measure with a column for each model, and the change from the first to the last.
+
+    The change has its standard error, that of the differences on the same questions.
+    """
+    columns = {model: measures(*groups) for model, groups in results.items()}
+    first, last = list(columns.values())[0], list(columns.values())[-1]
+    rows = [["", *columns, "change"]]
+    for name in first:
+        digits = 1 if name.startswith("response_length") else 3
+        changes = [after - before for before, after in zip(first[name], last[name])]
+        error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+        means = [f"{statistics.fmean(values[name]):.{digits}f}" for values in columns.values()]
+        rows.append([name, *means, f"{statistics.fmean(changes):+.{digits}f} ± {error:.{digits}f}"])
+    return aligned(rows if len(columns) > 1 else [row[:-1] for row in rows])
+
+
+def worst_questions(results):
+    """Those that the last model gets right least often, with each model's share and the last one's usual error."""
+    looked_at = [sampled or greedy for greedy, sampled in results.values()]
+    shares = [[statistics.fmean(response.accuracy for response in group) for group in groups] for groups in looked_at]
+    worst = [i for i, share in enumerate(shares[-1]) if share < 1]
+    if not worst:
+        return ["", "all of these responses are right"]
+    rows = [[*results, "right answer", "wrong answer", "question"]]
+    for i in sorted(worst, key=lambda i: (shares[-1][i], -shares[0][i]))[:WORST]:
+        group = looked_at[-1][i]
+        right = extract_answer(group[0].question.answer) or group[0].question.answer
+        wrong = statistics.mode(response.prediction or "none" for response in group if response.accuracy < 1)
+        texts = shorten(right, 20), shorten(wrong, 20), shorten(group[0].question.text, 90)
+        rows.append([*(f"{share[i]:.2f}" for share in shares), *texts])
+    title = f"the {len(rows) - 1} worst of {len(worst)} questions that are not always answered right"
+    return ["", f"{title}: share of right responses", *aligned(rows)]
+
+
+def aligned(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+# ---- Saved models, and `chat` ---------------------------------------------------------------------------------------
+
+
+def saved_model(path):
+    """The model that a run saved last, where `path` is the run's folder; else `path`."""
+    folder = Path(path)
+    if not (folder / "run.db").exists():
+        return path
+    models = [place for place in folder.iterdir() if re.fullmatch(r"(step|epoch)_\d+", place.name)]
+    if not models:
+        fail(f"the run in {path} has not saved a model yet; its last checkpoint is in {folder / 'checkpoint'}")
+    return str(max(models, key=lambda place: place.stat().st_mtime))
+
+
+def chat(path, model, tokenizer, read_prompt, limit, temperature):
+    """Asks the model what is typed, each question by itself as in training, and prints its response as it comes.
+
+    What is said is kept in the run.db of the run that the model comes from.
+    """
+    sys.stdout.reconfigure(errors="replace")
+    history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
+    say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; each question stands by itself; Ctrl-D ends it")
+    say(
+        f"this talk is kept in {history}"
+        if history
+        else "this talk is not kept: the model does not lie in a run's folder"
+    )
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.seed()
+    while question := next_question():
+        ids = torch.tensor([read_prompt(tokenizer, [{"role": "user", "content": question}])], device=model.device)
+        settings = dict(do_sample=True, temperature=temperature, top_k=0, max_new_tokens=limit, streamer=streamer)
+        response = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        answer = extract_answer(text)
+        ended = response[-1].item() in model.generation_config.eos_token_id
+        say(f"[answer: {answer or 'none'}; {len(response)} tokens{'' if ended else ', cut off'}]")
+        if history:
+            with closing(sqlite3.connect(history)) as db, db:
+                db.execute(
+                    "CREATE TABLE IF NOT EXISTS chat (time TEXT, model TEXT, question TEXT, response TEXT, answer TEXT)"
+                )
+                now = time.strftime("%Y-%m-%d %H:%M:%S")
+                db.execute("INSERT INTO chat VALUES (?, ?, ?, ?, ?)", [now, str(path), question, text, answer])
+
+
+def next_question():
+    """A line that is not blank; None at the end."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        if line:
+            return line

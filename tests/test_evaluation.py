@@ -1,0 +1,212 @@
+"""The measures of an evaluation by hand, the report that compares two models, and `chat`."""
+
+import contextlib
+import io
+import itertools
+import os
+import sqlite3
+import statistics
+
+import pytest
+import torch
+from conftest import load, question, response
+
+import dapo
+import evaluation
+
+
+@pytest.mark.parametrize("values", [[0, 0, 0, 1], [1, 0, 1, 1, 0], [1, 1], [0], [0.5, -1.0, 0.25, 2.0, 0.0]])
+def test_pass_at_k_is_the_mean_over_all_choices(values):
+    for j in range(1, len(values) + 1):
+        choices = [max(choice) for choice in itertools.combinations(values, j)]
+        assert evaluation.best_of(values, j) == pytest.approx(statistics.fmean(choices))
+
+
+def test_pass_at_k_by_hand():
+    assert evaluation.best_of([1, 0, 0, 0], 2) == pytest.approx(0.5)  # 3 of the 6 pairs have it
+    assert evaluation.best_of([1, 0, 0, 1, 0], 3) == pytest.approx(1 - 1 / 10)  # all triples but one
+
+
+def group(answers, truth="34", asked=None):
+    """Responses that give these answers; None gives none."""
+    right = [answer is not None and float(answer) == float(truth) for answer in answers]
+    return [response(float(r), asked=asked, prediction=answer or "") for r, answer in zip(right, answers)]
+
+
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        (["34", "34", "12"], 1.0),
+        (["34", "12", "12"], 0.0),
+        (["34", "12"], 0.5),
+        (["34", "12", "7"], 1 / 3),
+        (["34", "34.0", "$34$", "12", "12"], 1.0),  # three spellings of one answer
+        (["34", "12", "12.0", "12.00", "34"], 0.0),
+        (["34", None, None, None], 1.0),  # who gives no answer has no vote
+        ([None, None], 0.0),
+    ],
+)
+def test_majority_by_hand(answers, expected):
+    assert evaluation.majority(group([a.strip("$") if a else a for a in answers])) == pytest.approx(expected)
+
+
+def test_measures_by_hand():
+    """Two questions, of whose four samples 1 and 3 are right, and greedily the second."""
+    asked = [question("a"), question("b")]
+    greedy = [[response(0.0, asked=asked[0], tokens=[1])], [response(1.0, asked=asked[1], tokens=[1, 2, 3])]]
+    sampled = [group(["34", "1", "1", "2"], asked=asked[0]), group(["34", "34", "34", "2"], asked=asked[1])]
+    sampled[0][3].truncated = True
+    assert evaluation.measures(greedy, sampled) == {
+        "accuracy": [0.0, 1.0],
+        "response_length": [1.0, 3.0],
+        "truncated_fraction": [0.0, 0.0],
+        "avg@4": [0.25, 0.75],
+        "pass@2": [0.5, 1.0],
+        "pass@4": [1.0, 1.0],
+        "maj@4": [0.0, 1.0],
+        "response_length@4": [3.0, 3.0],
+        "truncated_fraction@4": [0.25, 0.0],
+    }
+    assert evaluation.metrics(greedy, sampled)["eval/avg@4"] == 0.5
+    assert list(evaluation.measures(greedy, [])) == ["accuracy", "response_length", "truncated_fraction"]
+
+
+def test_without_answers_there_is_no_majority():
+    """A reward function of one's own need not tell what it took for the answer."""
+    found = evaluation.measures([[response()]], [[response(), response()]])
+    assert "avg@2" in found and "maj@2" not in found
+
+
+def test_avg_at_k_over_seeds_is_the_sampled_accuracy(make_folder, tokenizer, set_constants, set_reward):
+    """Responses of one token, right if it is one of the first 150: their probability can be read off the logits."""
+    set_constants(MAX_RESPONSE_LENGTH=1, EVAL_SAMPLES=8, OVERLONG_BUFFER_LENGTH=0, TEMPERATURE=1.5)
+    right_texts = {tokenizer.decode([token], skip_special_tokens=True) for token in range(150)}
+    set_reward(lambda solution_str, **others: float(solution_str in right_texts))
+    model, tokenizer = load(make_folder())
+    texts = [f"Tom has {n} apples." for n in range(12, 32)]
+    questions = [dapo.Question(t, "1", "test", torch.tensor(tokenizer(t)["input_ids"])) for t in texts]
+    right = torch.tensor(
+        [tokenizer.decode([t], skip_special_tokens=True) in right_texts for t in range(model.config.vocab_size)]
+    )
+    with torch.no_grad():
+        exact = [(model(q.prompt[None]).logits[0, -1] / 1.5).softmax(-1)[right].sum().item() for q in questions]
+    means = []
+    for seed in range(30):
+        set_constants(SEED=seed)
+        means.append(evaluation.metrics(*dapo.evaluate(model, tokenizer, questions))["eval/avg@8"])
+    error = statistics.stdev(means) / len(means) ** 0.5
+    assert 0.2 < statistics.fmean(exact) < 0.8 and 0 < error < 0.02
+    assert abs(statistics.fmean(means) - statistics.fmean(exact)) < 3.5 * error
+
+
+def evaluated(shares, source="data"):
+    """dapo.evaluate's groups of one sample in ten each, a question for each share of right ones."""
+    asked = [dapo.Question(text, "34", source, torch.tensor([1])) for text in shares]
+    right = [round(10 * share) for share in shares.values()]
+    greedy = [[response(float(n > 5), asked=q, prediction="34")] for q, n in zip(asked, right)]
+    return greedy, [group(["34"] * n + ["7"] * (10 - n), asked=q) for q, n in zip(asked, right)]
+
+
+def rows_of(text):
+    return {line.split("  ")[1]: line.split() for line in text.splitlines() if line.startswith("  ")}
+
+
+def test_two_models_side_by_side():
+    base = evaluated({"one": 0.1, "two": 0.5, "three": 0.9, "only here": 1.0})
+    trained = evaluated({"three": 0.8, "two": 1.0, "one": 0.3})  # in another order, and one was too long for it
+    text = evaluation.report({"base": base, "trained": trained})
+    assert "data: 3 questions" in text and "only here" not in text
+    # changes of 0.2, 0.5 and -0.1: mean 0.2, standard deviation 0.3, and 0.3 / 3 ** 0.5 = 0.173
+    assert rows_of(text)["avg@10"] == "avg@10 0.500 0.700 +0.200 ± 0.173".split()
+    worst = text.partition("worst")[2]
+    assert "2 worst of 2" in text and "two" not in worst
+    assert worst.index("one") < worst.index("three") and "0.10  0.30" in worst and "0.90  0.80" in worst
+    assert "34" in worst and "7" in worst
+
+
+def test_one_model_and_several_data_sets():
+    easy, hard = evaluated({"a": 1.0}, "easy"), evaluated({"a": 0.0, "b": 0.4}, "hard")
+    text = evaluation.report({"model": tuple(one + other for one, other in zip(easy, hard))})
+    first, second = text.split("hard: 2 questions")
+    assert "easy: 1 questions" in first and "all of these responses are right" in first
+    assert rows_of(second)["avg@10"] == ["avg@10", "0.200"] and "change" not in text
+
+
+def test_without_samples_the_greedy_answers_are_looked_at():
+    greedy, _ = evaluated({"a": 0.0, "b": 1.0})
+    text = evaluation.report({"model": (greedy, [])})
+    assert "accuracy" in text and "avg" not in text and "1 worst of 1" in text
+
+
+@pytest.fixture
+def talk(make_folder, set_constants, monkeypatch, capsys, main):
+    def say(lines, *arguments):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        main(["chat", *map(str, arguments), "--MAX_RESPONSE_LENGTH=32", "--DEVICE=cpu"])
+        return capsys.readouterr().out
+
+    return say
+
+
+def a_run(folder, *models):
+    folder.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("CREATE TABLE metrics (step INTEGER, name TEXT, value REAL)")
+    for name, source in models:
+        source.rename(folder / name)
+    return folder
+
+
+def test_chat_is_streamed_and_kept_with_its_answers(talk, make_folder, tmp_path, monkeypatch):
+    run = a_run(tmp_path / "run", ("step_2", make_folder()))
+    printed, real = [], evaluation.TextStreamer.on_finalized_text
+    monkeypatch.setattr(
+        evaluation.TextStreamer,
+        "on_finalized_text",
+        lambda self, text, **end: (printed.append(text), real(self, text, **end)),
+    )
+    monkeypatch.setattr(evaluation, "extract_answer", lambda text: f"{len(text)} characters")
+    said = talk("Tom has 12 apples.\n\n  \nTom has 13 apples.", run, "--TEMPERATURE=0.7")
+    with contextlib.closing(sqlite3.connect(run / "run.db")) as db:
+        kept = db.execute("SELECT model, question, response, answer FROM chat").fetchall()
+    assert [row[:2] for row in kept] == [(str(run / "step_2"), f"Tom has {n} apples.") for n in (12, 13)]
+    assert len(printed) > 4 and "".join(printed) == "".join(row[2] for row in kept)
+    for _, _, text, answer in kept:
+        assert answer == f"{len(text)} characters" and f"[answer: {answer}" in said
+    assert "TEMPERATURE=0.7" in said and str(run / "run.db") in said
+
+
+def test_chat_without_a_run_is_not_kept(talk, make_folder):
+    folder = make_folder(ends=list(range(374)))  # ends at once
+    assert "not kept" in (said := talk("Tom", folder)) and "[answer: none; 1 tokens]" in said
+    assert not list(folder.rglob("*.db"))
+
+
+def test_chat_asks_as_training_does(talk, make_folder, monkeypatch):
+    """The template, the temperature and nothing of the model's own settings, which would keep 5 tokens of 374."""
+    asked = []
+
+    def generate(self, ids, **settings):
+        asked.append((ids, settings))
+        return torch.cat([ids, torch.tensor([[20]])], 1)
+
+    folder = make_folder()
+    monkeypatch.setattr(type(load(folder)[0]), "generate", generate)
+    talk("Tom", folder, "--PROMPT_TEMPLATE=boxed")
+    dapo.PROMPT_TEMPLATE = "boxed"
+    ((ids, settings),) = asked
+    tokenizer = dapo.load_tokenizer(folder)
+    assert ids[0].tolist() == dapo.read_prompt(tokenizer, [{"role": "user", "content": "Tom"}])
+    assert "boxed" in tokenizer.decode(ids[0]) and settings["top_k"] == 0 and settings["do_sample"]
+
+
+def test_a_run_stands_for_the_model_that_it_saved_last(make_folder, tmp_path, capsys):
+    folders = [make_folder() for _ in range(3)]
+    run = a_run(tmp_path / "run", ("step_10", folders[0]), ("step_9", folders[1]), ("notes", folders[2]))
+    for age, name in enumerate(("step_10", "step_9")):
+        os.utime(run / name, (1000 - age, 1000 - age))
+    assert evaluation.saved_model(run) == str(run / "step_10")
+    assert evaluation.saved_model("toy") == "toy" and evaluation.saved_model("some/name") == "some/name"
+    with pytest.raises(SystemExit):
+        evaluation.saved_model(a_run(tmp_path / "empty"))
+    assert "has not saved a model yet" in capsys.readouterr().err
