@@ -1,10 +1,13 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory()  # of data sets, so that none from an earlier session is taken for one of these
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import dapo  # noqa: E402  (first: datasets has to come before torch on Windows)
 import pytest  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, load, question, response
+from conftest import ROOT, load
 from PIL import Image
 
 import dapo
