@@ -2,9 +2,10 @@
 
     python dapo.py recipes/dapo_math.py
 
-The data set has 1.79 million rows of 17 thousand questions: repeated ones are left out, and reading takes about a minute. Its
-prompts say already how to announce the answer. The 30 problems of AIME 2024 are there 32 times; EVAL_SAMPLES does the
-same. Not yet run with real weights or on a GPU. Memory, by python recipes/memory.py recipes/dapo_math.py:
+The data set has 1.79 million rows of 17 thousand questions: repeated ones are left out, and reading takes about a
+minute. Its prompts say already how to announce the answer. The 30 problems of AIME 2024 are there 32 times each; here
+EVAL_SAMPLES does the same. Not yet run with real weights or on a GPU. Memory, by python recipes/memory.py
+recipes/dapo_math.py:
 
     GiB                                 sampling  update
     weights, fp32                       5.8       5.8
