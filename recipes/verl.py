@@ -175,6 +175,9 @@ python3 -m verl.trainer.main_ppo \\
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     with record.plain_endings():
+        if {"-h", "--help"} & set(argv):
+            print(__doc__)
+            return
         out = next((word for word in argv if word == "--out" or word.startswith("--out=")), None)
         if out is None or argv[-1] == "--out":
             record.fail("say where to: --out FOLDER")

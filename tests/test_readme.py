@@ -1,5 +1,6 @@
 """README.md and README_zh.md say the same, and what they say is so."""
 
+import io
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 import dapo
+from test_verl import OTHER
 
 FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 EN, ZH = FILES.values()
@@ -28,7 +30,11 @@ def sections(text):
 
 def numbers(text):
     """Counts of all numbers written in digits; those in links' targets and names such as step_40 are not numbers."""
-    found = re.findall(r"(?<![\w.])(-?\d+(?:[.,]\d+)*)(?: ?(million|billion|万|亿))?", LINK.sub(r"\1", text), re.ASCII)
+    found = re.findall(
+        r"(?<![\w.])(-?\d+(?:,\d+)*(?:\.\d+)?(?![.]\d))(?: ?(million|billion|万|亿))?",
+        LINK.sub(r"\1", text),
+        re.ASCII,
+    )
     values = [(float(digits.replace(",", "")), UNITS.get(unit, 1)) for digits, unit in found]
     return Counter(round(value * unit, 6) for value, unit in values)
 
@@ -90,8 +96,9 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_named_exists(name):
     """Each constant, file, function and metric. What only stands for something of the reader's is in `theirs`."""
-    theirs = {"position_ids", "eval/"}
-    source = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")])
+    theirs = {"eval/", "WANDB_MODE=offline", "GPUS=8 NODES=16 bash verl_run/run.sh", "get_soft_overlong_punishment"}
+    places = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("recipes/*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in places)
     for span in set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", FILES[name]))) - theirs:
         if re.fullmatch(r"[A-Z][A-Z_0-9]+(=.*)?", span):
             assert hasattr(dapo, span.partition("=")[0]), span
@@ -135,6 +142,8 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     (folder / "toy").symlink_to(ROOT / "toy")
     (folder / "reward.py").symlink_to(ROOT / "reward.py")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    pandas.read_parquet(ROOT / "toy/train.parquet").head(20).to_csv(folder / "questions.csv", index=False)
     pandas.read_parquet(ROOT / "toy/train.parquet").head(8).to_parquet(folder / "few.parquet")
     for _, code in BLOCK.findall(EN):
         if name := re.match(r"# (\w+\.py)\n", code):
@@ -156,7 +165,8 @@ COMMANDS = [
 def test_commands_run(command, run_folder, main, monkeypatch, capsys):
     """Each as it stands, only with SHORT after it where it would train, and in the order in which they stand."""
     monkeypatch.chdir(run_folder)
-    program, script, *arguments = shlex.split(command.replace("step_40", "step_2").replace("step = 10", "step = 2"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Tom has 3 apples.\n"))  # for chat
+    program, script, *arguments = shlex.split(command.replace("step = 10", "step = 2"))
     assert program == "python"
     if script == "-c":
         assert subprocess.run([sys.executable, "-c", *arguments], capture_output=True, check=True).stdout
@@ -165,7 +175,8 @@ def test_commands_run(command, run_folder, main, monkeypatch, capsys):
             runpy.run_path(str(ROOT / script))  # sets its constants; dapo.main is what it then calls
         quick = "plot" in arguments or "--help" in arguments
         try:
-            main(arguments if quick else arguments + shortened())
+            own = {name: value for name, value in SHORT.items() if "mine.py" not in arguments or "DATA" not in name}
+            main(arguments if quick else arguments + shortened(own))
         except SystemExit as end:
             assert "--help" in arguments and not end.code
         assert capsys.readouterr().out
@@ -189,3 +200,44 @@ def test_the_figures_are_those_measured(name):
     shown = [{cell for cell in row[1:] if cell} for row in rows(FILES[name])]
     assert all(any(row <= whole for whole in measured) for row in shown)
     assert all(any(row <= whole for row in shown) for whole in measured)
+
+
+def handed_over(name):
+    """The rows of the table of constants in verl and TRL: [constants, code in verl's column, code in TRL's column]."""
+    table = next(prose for _, prose in sections(FILES[name]) if "GRPOConfig" in prose and "| verl |" in prose)
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in table.splitlines()
+        if line.startswith("| `") and "recipes/" not in line
+    ]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_keys_of_verl_are_those_that_a_constant_changes(name):
+    """And of every constant it is said what becomes of it."""
+    overrides = runpy.run_path(str(ROOT / "recipes/verl.py"))["overrides"]
+    usual = {name: value for name, value in vars(dapo).items() if name.isupper()}
+    named = []
+    for constants, keys, _ in handed_over(name):
+        named += constants
+        changed = set()
+        for constant in constants:
+            values = usual | ({"NUM_STEPS": None} if constant == "NUM_EPOCHS" else {})
+            before, after = overrides(values), overrides(values | {constant: OTHER.get(constant, 3)})
+            changed |= {key.lstrip("+") for key in before if before[key] != after.get(key)}
+        assert constants[0] == "TRAIN_DATASETS" or changed == {
+            re.sub("^A[.]", "actor_rollout_ref.", key) for key in keys
+        }
+    assert sorted(named) == sorted(usual)
+
+
+def test_trl_accepts_the_arguments():
+    """What the table says, worked out with dapo.py's constants, is a GRPOConfig; it samples a whole batch at a time."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    spans = [span for _, _, column in handed_over("README.md") for span in column]
+    pairs = [re.fullmatch(r"(\w+)=(.+)", span) for span in spans]
+    arguments = {pair[1]: eval(pair[2], vars(dapo).copy()) for pair in pairs if pair}
+    config = trl.GRPOConfig(**arguments, bf16=False, use_cpu=True)
+    assert len(arguments) > 20 and config.generation_batch_size == dapo.BATCH_SIZE * dapo.GROUP_SIZE
+    assert config.max_steps == dapo.NUM_STEPS * dapo.MINI_BATCHES

@@ -64,7 +64,7 @@ def test_data_have_the_same_questions_and_answers(hand_over, tokenizer):
 OTHER = dict(
     MAX_PROMPT_LENGTH=100, TRUST_REMOTE_CODE=True, OUTPUT_DIR="outputs/other", RESUME=False, SEED=7, NUM_STEPS=11,
     EVAL_EVERY=3, EVAL_SAMPLES=4, SAVE_EVERY=6, CHECKPOINT_EVERY=2, REPORT_TO="wandb", BATCH_SIZE=64, GROUP_SIZE=6,
-    MAX_RESPONSE_LENGTH=80, TEMPERATURE=0.9, USE_DYNAMIC_SAMPLING=False, REWARD="code_reward.py:compute_score",
+    MAX_RESPONSE_LENGTH=80, TEMPERATURE=0.9, USE_DYNAMIC_SAMPLING=False, REWARD="code_reward.py:score",
     OVERLONG_BUFFER_LENGTH=0, OVERLONG_PENALTY_FACTOR=0.5, CLIP_RANGE_LOW=0.1, CLIP_RANGE_HIGH=0.3,
     LOSS_AGG_MODE="seq-mean-token-sum", KL_COEF=0.02, ENTROPY_COEF=0.01, LEARNING_RATE=1e-6, WARMUP_STEPS=9,
     WEIGHT_DECAY=0.2, MAX_GRAD_NORM=0.5, DAPO_EPOCHS=2, MINI_BATCHES=8, MICRO_BATCH_TOKENS=999,
@@ -144,9 +144,7 @@ def composed(folder, *more):
 @pytest.mark.parametrize("recipe", ["", *RECIPES])
 def test_verl_accepts_every_key(recipe, verl, hand_over, tmp_path):
     words = [ROOT / f"recipes/{recipe}.py"] if recipe else [f"--{name}={value}" for name, value in OTHER.items()]
-    (tmp_path / "code_reward.py").write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info=None): 0"
-    )
+    (tmp_path / "code_reward.py").write_text("def score(data_source, solution_str, ground_truth, extra_info=None): 0")
     words = [str(word).replace("=code_reward", f"={tmp_path}/code_reward") for word in words]
     folder = hand_over(*words)
     config = composed(folder)
