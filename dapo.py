@@ -44,7 +44,7 @@ TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv or hub; i
 EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
-PROMPT_TEMPLATE = "{question}"  # what is asked, or: boxed, answer (--help); a chat template, if any, comes around it
+PROMPT_TEMPLATE = "{question}"  # what is asked; boxed or answer: ready-made ones. A chat template comes around it
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
@@ -620,6 +620,7 @@ def check_policy(model, response):
 def load_saved(name):
     """The model of a folder, a run's folder or the Hub, for `eval` and `chat`: (its path, model, tokenizer)."""
     path = evaluation.saved_model(name)
+    evaluation.note_changes(path, globals())
     tokenizer = load_tokenizer(path)
     return path, load_model(path, tokenizer), tokenizer
 

@@ -1,5 +1,6 @@
 """How good a model is: the measures of an evaluation, the report that `eval` prints, and `chat`."""
 
+import ast
 import math
 import re
 import sqlite3
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from record import fail, say, shorten
+from record import assignments, fail, say, shorten
 from reward import answers_match, extract_answer
 
 # ---- Measures -------------------------------------------------------------------------------------------------------
@@ -152,6 +153,15 @@ def saved_model(path):
     if not models:
         fail(f"the run in {path} has not saved a model yet; its last checkpoint is in {folder / 'checkpoint'}")
     return str(max(models, key=lambda place: place.stat().st_mtime))
+
+
+def note_changes(path, constants):
+    """Says which constants that decide what a model is asked, and how it answers, were others when it was trained."""
+    script = Path(path) / "train_script.py"
+    then = assignments(script.read_text(encoding="utf-8")) if script.exists() else {}
+    for name in {"PROMPT_TEMPLATE", "MAX_RESPONSE_LENGTH", "TEMPERATURE"} & set(then):
+        if (value := ast.literal_eval(then[name].value)) != constants[name]:
+            say(f"{path} was trained with {name}={value!r}, here it is {constants[name]!r}")
 
 
 def chat(path, model, tokenizer, read_prompt, limit, temperature):

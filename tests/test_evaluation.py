@@ -210,3 +210,19 @@ def test_a_run_stands_for_the_model_that_it_saved_last(make_folder, tmp_path, ca
     with pytest.raises(SystemExit):
         evaluation.saved_model(a_run(tmp_path / "empty"))
     assert "has not saved a model yet" in capsys.readouterr().err
+
+
+def test_it_is_said_with_what_a_model_was_trained(make_folder, set_constants, capsys):
+    """A run's recipe is easily forgotten, and then the model is asked in another way than it has learned."""
+    folder = make_folder()
+    set_constants(PROMPT_TEMPLATE="boxed", MAX_RESPONSE_LENGTH=50)
+    (folder / "train_script.py").write_text(dapo.record.script_as_run(vars(dapo)))
+    evaluation.note_changes(folder, vars(dapo))
+    assert not capsys.readouterr().out
+    set_constants(PROMPT_TEMPLATE="{question}", MAX_RESPONSE_LENGTH=60, EVAL_SAMPLES=3)
+    evaluation.note_changes(folder, vars(dapo))
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == [
+        f"{folder} was trained with MAX_RESPONSE_LENGTH=50, here it is 60",
+        f"{folder} was trained with PROMPT_TEMPLATE='boxed', here it is '{{question}}'",
+    ]
