@@ -617,12 +617,22 @@ def check_policy(model, response):
         record.fail(f"MODEL: {kind} cannot be trained here, for its cache or head works in another way than usual")
 
 
-def load_saved(name):
-    """The model of a folder, a run's folder or the Hub, for `eval` and `chat`: (its path, model, tokenizer)."""
-    path = evaluation.saved_model(name)
-    evaluation.note_changes(path, globals())
-    tokenizer = load_tokenizer(path)
-    return path, load_model(path, tokenizer), tokenizer
+def measure(tokenizers):
+    """`eval`: measures one model after the other, given {path: its tokenizer}."""
+    results = {}
+    for path, tokenizer in tokenizers.items():
+        record.say(f"{path}:")
+        questions = load_questions(EVAL_DATASETS, tokenizer)
+        results[path] = evaluate(load_model(path, tokenizer), tokenizer, questions)
+    print(evaluation.report(results))
+
+
+def chat(tokenizers):
+    """`chat`, given {path: its tokenizer} of one model."""
+    ((path, tokenizer),) = tokenizers.items()
+    model = load_model(path, tokenizer)
+    with autocast(model):
+        evaluation.chat(path, model, tokenizer, read_prompt, globals())
 
 
 def main(argv=None):
@@ -633,16 +643,10 @@ def main(argv=None):
             train()
         elif command == "plot":
             print(record.compare(folders) if len(folders) > 1 else record.draw(*(folders or [OUTPUT_DIR])))
-        elif command == "chat":
-            path, model, tokenizer = load_saved(*(folders or [MODEL]))
-            with autocast(model):
-                evaluation.chat(path, model, tokenizer, read_prompt, MAX_RESPONSE_LENGTH, TEMPERATURE)
         else:
-            results = {}
-            for name in folders or [MODEL]:
-                path, model, tokenizer = load_saved(name)
-                results[path] = evaluate(model, tokenizer, load_questions(EVAL_DATASETS, tokenizer))
-            print(evaluation.report(results))
+            paths = [evaluation.saved_model(name, globals()) for name in folders or [MODEL]]
+            tokenizers = {path: load_tokenizer(path) for path in paths}  # of all, before the first takes its time
+            (chat if command == "chat" else measure)(tokenizers)
 
 
 if __name__ == "__main__":

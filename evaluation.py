@@ -1,19 +1,19 @@
 """How good a model is: the measures of an evaluation, the report that `eval` prints, and `chat`."""
 
 import ast
+import contextlib
 import math
 import re
 import sqlite3
 import statistics
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
-from record import assignments, fail, say, shorten
+from record import assignments, fail, last_checkpoint, say, shorten
 from reward import answers_match, extract_answer
 
 # ---- Measures -------------------------------------------------------------------------------------------------------
@@ -129,11 +129,16 @@ def worst_questions(results):
     for i in sorted(worst, key=lambda i: (shares[-1][i], -shares[0][i]))[:WORST]:
         group = looked_at[-1][i]
         right = extract_answer(group[0].question.answer) or group[0].question.answer
-        wrong = statistics.mode(response.prediction or "none" for response in group if response.accuracy < 1)
+        wrong = statistics.mode(map(said, (response for response in group if response.accuracy < 1)))
         texts = shorten(right, 20), shorten(wrong, 20), shorten(group[0].question.text, 90)
         rows.append([*(f"{share[i]:.2f}" for share in shares), *texts])
     title = f"the {len(rows) - 1} worst of {len(worst)} questions that are not always answered right"
     return ["", f"{title}: share of right responses", *aligned(rows)]
+
+
+def said(response):
+    """The answer of a response, or all of it, where the reward function does not tell what the answer is."""
+    return response.text if response.prediction is None else response.prediction or "none"
 
 
 def aligned(rows):
@@ -144,43 +149,46 @@ def aligned(rows):
 # ---- Saved models, and `chat` ---------------------------------------------------------------------------------------
 
 
-def saved_model(path):
-    """The model that a run saved last, where `path` is the run's folder; else `path`."""
+def saved_model(path, constants):
+    """The model that a run saved last, where `path` is the run's folder; else `path`.
+
+    Says which constants that decide what it is asked, and how it answers, were others when it was trained.
+    """
     folder = Path(path)
-    if not (folder / "run.db").exists():
-        return path
-    models = [place for place in folder.iterdir() if re.fullmatch(r"(step|epoch)_\d+", place.name)]
-    if not models:
-        fail(f"the run in {path} has not saved a model yet; its last checkpoint is in {folder / 'checkpoint'}")
-    return str(max(models, key=lambda place: place.stat().st_mtime))
-
-
-def note_changes(path, constants):
-    """Says which constants that decide what a model is asked, and how it answers, were others when it was trained."""
-    script = Path(path) / "train_script.py"
+    if (folder / "run.db").exists():
+        models = [place for place in folder.iterdir() if re.fullmatch(r"(step|epoch)_\d+", place.name)]
+        if not models:
+            saved = last_checkpoint(folder) or "no checkpoint yet"
+            fail(f"the run in {path} has not saved a model yet; its checkpoint: {saved}")
+        folder = max(models, key=lambda place: place.stat().st_mtime)
+    script = folder / "train_script.py"
     then = assignments(script.read_text(encoding="utf-8")) if script.exists() else {}
     for name in {"PROMPT_TEMPLATE", "MAX_RESPONSE_LENGTH", "TEMPERATURE"} & set(then):
         if (value := ast.literal_eval(then[name].value)) != constants[name]:
-            say(f"{path} was trained with {name}={value!r}, here it is {constants[name]!r}")
+            say(f"{folder} was trained with {name}={value!r}, here it is {constants[name]!r}")
+    return folder.as_posix()  # also where it is a name on the Hub
 
 
-def chat(path, model, tokenizer, read_prompt, limit, temperature):
+def chat(path, model, tokenizer, read_prompt, constants):
     """Asks the model what is typed, each question by itself as in training, and prints its response as it comes.
 
     What is said is kept in the run.db of the run that the model comes from.
     """
-    sys.stdout.reconfigure(errors="replace")
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (arrow keys in what is typed)
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    limit, temperature = constants["MAX_RESPONSE_LENGTH"], constants["TEMPERATURE"]
     history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
     say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; each question stands by itself; Ctrl-D ends it")
-    say(
-        f"this talk is kept in {history}"
-        if history
-        else "this talk is not kept: the model does not lie in a run's folder"
-    )
+    say(f"this talk is kept in {history}" if history else "this talk is not kept: the model is not in a run's folder")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.seed()
-    while question := next_question():
+    for question in questions_typed():
         ids = torch.tensor([read_prompt(tokenizer, [{"role": "user", "content": question}])], device=model.device)
+        if ids.shape[1] > constants["MAX_PROMPT_LENGTH"]:
+            say(f"[too long: {ids.shape[1]} tokens, MAX_PROMPT_LENGTH is {constants['MAX_PROMPT_LENGTH']}]")
+            continue
         settings = dict(do_sample=True, temperature=temperature, top_k=0, max_new_tokens=limit, streamer=streamer)
         response = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
         text = tokenizer.decode(response, skip_special_tokens=True)
@@ -188,20 +196,26 @@ def chat(path, model, tokenizer, read_prompt, limit, temperature):
         ended = response[-1].item() in model.generation_config.eos_token_id
         say(f"[answer: {answer or 'none'}; {len(response)} tokens{'' if ended else ', cut off'}]")
         if history:
-            with closing(sqlite3.connect(history)) as db, db:
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS chat (time TEXT, model TEXT, question TEXT, response TEXT, answer TEXT)"
-                )
-                now = time.strftime("%Y-%m-%d %H:%M:%S")
-                db.execute("INSERT INTO chat VALUES (?, ?, ?, ?, ?)", [now, str(path), question, text, answer])
+            keep(history, time.strftime("%Y-%m-%d %H:%M:%S"), path, question, text, answer)
 
 
-def next_question():
-    """A line that is not blank; None at the end."""
+def questions_typed():
+    """The lines of the standard input that are not blank."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
-            return None
+            return
         if line:
-            return line
+            yield line
+
+
+def keep(history, *row):
+    try:
+        with contextlib.closing(sqlite3.connect(history)) as db, db:
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS chat (time TEXT, model TEXT, question TEXT, response TEXT, answer TEXT)"
+            )
+            db.execute("INSERT INTO chat VALUES (?, ?, ?, ?, ?)", row)
+    except sqlite3.Error as error:  # a training run that holds it for long, a full disk
+        say(f"[not kept in {history}: {error}]")

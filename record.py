@@ -67,6 +67,9 @@ def plain_endings():
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError as error:
         fail(f"DEVICE has too little memory for MODEL and what goes with it: {first_line(error)}")
+    except BrokenPipeError:  # who listened has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):  # torch.multinomial
             raise
@@ -138,12 +141,18 @@ def load_rows(source):
     (datasets.enable_progress_bars if kind == "hub" else datasets.disable_progress_bars)()
     try:
         place = dict(path=path, name=source.get("name")) if kind == "hub" else dict(path=kind, data_files=path)
+        if kind == "csv":  # as text: pandas would make 2.0 of 2 where a cell is empty, 7 of 007, and nothing of "None"
+            place["converters"] = {source["input"]: str, source["output"]: str}
         rows = datasets.load_dataset(**place, split=source.get("split", "train"))
     except Exception as error:  # whatever a library makes of a missing, broken or foreign file
+        if "corresponds to no data" in str(error):
+            fail(f"the data set {path!r} has no rows" + (f" in {source['split']!r}" if "split" in source else ""))
         fail(f"the data set {path!r} cannot be read as {kind!r}: {first_line(error.__cause__ or error)}")
     kept, blanks, number = {}, 0, 0  # a row at a time: DAPO-Math-17k has 1.79 million of them for 17 thousand questions
     for number, (question, answer) in enumerate(zip(column(rows, source, "input"), column(rows, source, "output")), 1):
         messages = as_messages(question, path)
+        if isinstance(answer, (dict, list)):
+            fail(f"the data set {path!r} has in {source['output']!r} no answer but {shorten(str(answer), 60)}")
         if blank(answer) or blank(messages[-1]["content"]):
             blanks += 1
         else:
@@ -183,13 +192,13 @@ def blank(value):
 
 def column(rows, source, role):
     """The values of the column that source[role] names; a dot goes one level into nested ones."""
-    values, names = rows, rows.column_names
+    values, names, above = rows, rows.column_names, ""
     for part in [source[role]] if source[role] in names else source[role].split("."):
         if part not in names:
-            there = f"; there are: {', '.join(names)}" if names else ""
+            there = f"; there are: {', '.join(above + name for name in names)}" if names else ""
             fail(f"the data set {source['path']!r} has no column {source[role]!r} for {role!r}{there}")
         values = values[part] if values is rows else [value and value[part] for value in values]
-        names = next(([*value] for value in values if isinstance(value, dict)), [])
+        names, above = next(([*value] for value in values if isinstance(value, dict)), []), f"{above}{part}."
     return values
 
 
@@ -628,7 +637,7 @@ class Run:
         self.opened.close()
         checkpoint = last_checkpoint(self.folder)
         if checkpoint and self.state and not ended:
-            words = [*sys.argv, *([] if self.constants["RESUME"] else ["--RESUME=True"])]
+            words = [word for word in sys.argv if not word.startswith("--RESUME=")]
             say(f"to go on from {checkpoint}: {shlex.join(['python', *words])}")
 
 

@@ -53,11 +53,16 @@ def table(parts):
     return "\n".join(aligned(rows))
 
 
+def main():
+    with dapo.record.plain_endings():
+        dapo.record.read_command_line(None, vars(dapo))
+        config = dapo.record.from_pretrained(AutoConfig, dapo.MODEL, trust_remote_code=dapo.TRUST_REMOTE_CODE)
+        with torch.device("meta"):  # without weights
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=dapo.TRUST_REMOTE_CODE)
+        parameters = sum(weights.numel() for weights in model.parameters())
+        print(f"{dapo.MODEL}: {parameters / 1e6:,.0f} million parameters")
+        print(table(memory(config.get_text_config(), parameters, vars(dapo))))
+
+
 if __name__ == "__main__":
-    dapo.record.read_command_line(None, vars(dapo))
-    config = dapo.record.from_pretrained(AutoConfig, dapo.MODEL, trust_remote_code=dapo.TRUST_REMOTE_CODE)
-    with torch.device("meta"):  # without weights
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=dapo.TRUST_REMOTE_CODE)
-    parameters = sum(weights.numel() for weights in model.parameters())
-    print(f"{dapo.MODEL}: {parameters / 1e6:,.0f} million parameters")
-    print(table(memory(config.get_text_config(), parameters, vars(dapo))))
+    main()

@@ -135,6 +135,7 @@ def files(tmp_path, make_folder, tokenizer):
     answered = [{"role": "user", "content": "Tom"}, {"role": "assistant", "content": "Ann"}]
     (folder / "parts.json").write_text(json.dumps({"question": parts, "answer": "3"}))
     (folder / "answered.json").write_text(json.dumps({"question": answered, "answer": "3"}))
+    (folder / "nested.json").write_text(json.dumps({"q": "1 + 1?", "meta": {"a": {"final": "2", "way": "1, 2"}}}))
     (folder / "null.json").write_text('{"q": null, "answer": "1"}\n{"q": null, "answer": "2"}')
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     config = Qwen2Config(**sizes, vocab_size=len(tokenizer))
@@ -151,7 +152,19 @@ FILES = {
     "missing data": (lambda f: [source(f / "missing.csv", "csv")], "missing.csv"),
     "empty json": (lambda f: [source(f / "empty.json", "json")], "empty.json"),
     "empty csv": (lambda f: [source(f / "empty.csv", "csv")], "empty.csv"),
-    "only a heading": (lambda f: [source(f / "heading.csv", "csv")], "heading.csv"),
+    "only a heading": (lambda f: [source(f / "heading.csv", "csv")], "heading.csv' has no rows"),
+    "only a heading, split": (
+        lambda f: [source(f / "heading.csv", "csv", split="train[:5]")],
+        "no rows in 'train[:5]'",
+    ),
+    "an answer of many parts": (
+        lambda f: [source(f / "nested.json", "json", "q", "meta.a")],
+        "in 'meta.a' no answer but",
+    ),
+    "no such part": (
+        lambda f: [source(f / "nested.json", "json", "q", "meta.a.b")],
+        "there are: meta.a.final, meta.a.way",
+    ),
     "half a file": (lambda f: [source(f / "broken.parquet", "parquet")], "broken.parquet"),
     "half a line": (lambda f: [source(f / "broken.json", "json")], "broken.json"),
     "a picture as parquet": (lambda f: [source(f / "picture.png", "parquet")], "picture.png"),
@@ -195,6 +208,8 @@ FILES = {
     "output in a file": (lambda f: [f"--OUTPUT_DIR={f / 'file/run'}"], "OUTPUT_DIR="),
     "output not writable": (lambda f: ["--OUTPUT_DIR=/proc/run"], "OUTPUT_DIR=/proc/run"),
     "evaluation of no model": (lambda f: ["eval", str(f / "no_run")], "no_run"),
+    "chat with two": (lambda f: ["chat", str(f / "nan"), str(f / "no_end")], "chat is with one model, not with 2"),
+    "chat with no model": (lambda f: ["chat", str(f / "missing")], "missing"),
     "plot of no run": (lambda f: ["plot", str(f / "missing")], "there is no run in"),
     "plot of a broken run": (lambda f: ["plot", str(f / "broken_run")], "run.db"),
     "plot of an empty run": (lambda f: ["plot", str(f / "no_run")], "run.db"),

@@ -141,7 +141,8 @@ def test_without_samples_the_greedy_answers_are_looked_at():
 @pytest.fixture
 def talk(make_folder, set_constants, monkeypatch, capsys, main):
     def say(lines, *arguments):
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        lines = lines if isinstance(lines, bytes) else lines.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
         main(["chat", *map(str, arguments), "--MAX_RESPONSE_LENGTH=32", "--DEVICE=cpu"])
         return capsys.readouterr().out
 
@@ -200,16 +201,28 @@ def test_chat_asks_as_training_does(talk, make_folder, monkeypatch):
     assert "boxed" in tokenizer.decode(ids[0]) and settings["top_k"] == 0 and settings["do_sample"]
 
 
+def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, make_folder, tmp_path):
+    run = a_run(tmp_path / "run", ("step_2", make_folder()))
+    said = talk("Tom has 12 apples. ".encode() * 20 + b"\nabc \xff\xfe def\n", run, "--MAX_PROMPT_LENGTH=60")
+    assert "too long: " in said and "MAX_PROMPT_LENGTH is 60" in said and said.count("[answer: ") == 1
+    (run / "run.db").write_text("no database")
+    said = talk("Tom?\nMia?", run)
+    assert said.count("[answer: ") == 2 and said.count("[not kept in ") == 2
+
+
 def test_a_run_stands_for_the_model_that_it_saved_last(make_folder, tmp_path, capsys):
     folders = [make_folder() for _ in range(3)]
     run = a_run(tmp_path / "run", ("step_10", folders[0]), ("step_9", folders[1]), ("notes", folders[2]))
     for age, name in enumerate(("step_10", "step_9")):
         os.utime(run / name, (1000 - age, 1000 - age))
-    assert evaluation.saved_model(run) == str(run / "step_10")
-    assert evaluation.saved_model("toy") == "toy" and evaluation.saved_model("some/name") == "some/name"
+    assert evaluation.saved_model(run, vars(dapo)) == str(run / "step_10")
+    for name in ("toy", "some/name"):
+        assert evaluation.saved_model(name, vars(dapo)) == name
+    empty = a_run(tmp_path / "empty")
+    (empty / "checkpoint/step_5").mkdir(parents=True)
     with pytest.raises(SystemExit):
-        evaluation.saved_model(a_run(tmp_path / "empty"))
-    assert "has not saved a model yet" in capsys.readouterr().err
+        evaluation.saved_model(empty, vars(dapo))
+    assert f"has not saved a model yet; its checkpoint: {empty}/checkpoint/step_5" in capsys.readouterr().err
 
 
 def test_it_is_said_with_what_a_model_was_trained(make_folder, set_constants, capsys):
@@ -217,12 +230,27 @@ def test_it_is_said_with_what_a_model_was_trained(make_folder, set_constants, ca
     folder = make_folder()
     set_constants(PROMPT_TEMPLATE="boxed", MAX_RESPONSE_LENGTH=50)
     (folder / "train_script.py").write_text(dapo.record.script_as_run(vars(dapo)))
-    evaluation.note_changes(folder, vars(dapo))
+    evaluation.saved_model(folder, vars(dapo))
     assert not capsys.readouterr().out
     set_constants(PROMPT_TEMPLATE="{question}", MAX_RESPONSE_LENGTH=60, EVAL_SAMPLES=3)
-    evaluation.note_changes(folder, vars(dapo))
+    evaluation.saved_model(folder, vars(dapo))
     said = capsys.readouterr().out.splitlines()
     assert sorted(said) == [
         f"{folder} was trained with MAX_RESPONSE_LENGTH=50, here it is 60",
         f"{folder} was trained with PROMPT_TEMPLATE='boxed', here it is '{{question}}'",
     ]
+
+
+def test_all_names_are_looked_at_before_the_first_is_measured(main, make_folder, monkeypatch, capsys):
+    monkeypatch.setattr(dapo, "evaluate", lambda *args: pytest.fail("too early"))
+    with pytest.raises(SystemExit) as end:
+        main(["eval", str(make_folder()), "no/such", "--DEVICE=cpu"])
+    assert end.value.code == 2 and "MODEL=no/such cannot be found" in capsys.readouterr().err
+
+
+def test_a_reward_without_answers_shows_the_response():
+    """As its usual error; the reward function need not tell what it took for the answer."""
+    groups = [[response(0.0, asked=question("Tom?", "34"))]]
+    groups[0][0].text = "It is 7, I think."
+    worst = evaluation.report({"model": (groups, [])}).partition("worst")[2]
+    assert "It is 7, I think" in worst

@@ -103,7 +103,9 @@ def test_what_is_named_exists(name):
         if re.fullmatch(r"[A-Z][A-Z_0-9]+(=.*)?", span):
             assert hasattr(dapo, span.partition("=")[0]), span
         elif re.fullmatch(r"[\w/]+\.(py|md|png|parquet|txt|json)|[\w/]+/", span) and "step_" not in span:
-            made = span in ("training_metrics.png", "run.db", "checkpoint/") or span.startswith("outputs/")
+            made = span in ("training_metrics.png", "train_script.py", "run.db", "checkpoint/") or span.startswith(
+                "outputs/"
+            )
             assert made or (ROOT / span).exists(), span
         elif re.fullmatch(r"[a-z_]+", span):
             assert re.search(rf"\b{span}\b", source), span
@@ -165,7 +167,7 @@ COMMANDS = [
 def test_commands_run(command, run_folder, main, monkeypatch, capsys):
     """Each as it stands, only with SHORT after it where it would train, and in the order in which they stand."""
     monkeypatch.chdir(run_folder)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Tom has 3 apples.\n"))  # for chat
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 3 apples.\n")))  # for chat
     program, script, *arguments = shlex.split(command.replace("step = 10", "step = 2"))
     assert program == "python"
     if script == "-c":

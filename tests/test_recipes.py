@@ -72,7 +72,7 @@ def test_a_recipe_starts(recipe, main, make_folder, set_reward, tmp_path, monkey
     assert ("16 of 24 rows" in said) == (recipe != "gsm8k")
     main(["eval", *words, str(tmp_path / "run")])
     assert "8 questions" in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("Tom?"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom?")))
     main(["chat", *words, str(tmp_path / "run")])
     assert "[answer: " in capsys.readouterr().out
 

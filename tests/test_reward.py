@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import record
 import reward
-from conftest import ROOT, SIZES, question
+from architectures import SIZES
+from conftest import ROOT, question
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_verl.json").read_text())

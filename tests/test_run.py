@@ -194,6 +194,14 @@ def test_the_prompt_template_comes_around_the_question_and_into_the_chat_templat
     assert messages[2]["content"] == "Tom has {question} apples."
 
 
+def test_csv_cells_are_taken_as_they_are_written(tmp_path):
+    """pandas makes 2.0 of 2 where a cell is empty, 7 of 007, 1e16 of large numbers, and nothing of None and NA."""
+    answers = ["3", "12345678901234567", "007", "", "None", "NA", "2.50", "1e3", '"1,234"']
+    (tmp_path / "q.csv").write_text("id,q,a\n" + "".join(f"{n},{n},{answer}\n" for n, answer in enumerate(answers)))
+    rows = dapo.record.load_rows({"path": str(tmp_path / "q.csv"), "type": "csv", "input": "q", "output": "a"})
+    assert [answer for _, answer in rows] == [answer.strip('"') for answer in answers if answer]
+
+
 def test_a_split_selects_rows_of_a_file_too(data, tokenizer):
     source = {"path": str(data / "q.csv"), "type": "csv", "input": "question", "output": "answer"}
     parts = [dapo.load_questions([source | {"split": split}], tokenizer) for split in ("train[:3]", "train[3:10]")]
@@ -215,7 +223,7 @@ def test_rows_without_a_question_or_an_answer_are_left_out_and_counted(tokenizer
     pyarrow.parquet.write_table(pyarrow.table({"q": [1.0, 0.0, float("nan")], "a": [float("nan"), 7.0, 8.0]}), numbers)
     numbers = {"path": str(numbers), "type": "parquet", "input": "q", "output": "a"}
     questions = dapo.load_questions([text, chat, numbers], tokenizer)
-    assert [(q.text, q.answer) for q in questions] == [("1 + 1", "2.0"), ("2 + 2", "4.5"), ("Tom", "1"), ("0.0", "7.0")]
+    assert [(q.text, q.answer) for q in questions] == [("1 + 1", "2"), ("2 + 2", "4.5"), ("Tom", "1"), ("0.0", "7.0")]
     said = capsys.readouterr().out
     assert f"3 of 5 rows of {text['path']} have no question or no answer" in said
     assert f"4 of 5 rows of {chat['path']} have no question or no answer" in said
