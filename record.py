@@ -142,7 +142,7 @@ def load_rows(source):
     try:
         place = dict(path=path, name=source.get("name")) if kind == "hub" else dict(path=kind, data_files=path)
         if kind == "csv":  # as text: pandas would make 2.0 of 2 where a cell is empty, 7 of 007, and nothing of "None"
-            place["converters"] = {source["input"]: str, source["output"]: str}
+            place |= dict(keep_default_na=False, converters={source["input"]: str, source["output"]: str})
         rows = datasets.load_dataset(**place, split=source.get("split", "train"))
     except Exception as error:  # whatever a library makes of a missing, broken or foreign file
         if "corresponds to no data" in str(error):
