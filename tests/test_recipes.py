@@ -111,14 +111,18 @@ SAMPLING = dict(GENERATION_BATCH=32, MICRO_BATCH_TOKENS=56, LOGITS_CHUNK=2**16)
 UPDATE = dict(GENERATION_BATCH=8, MICRO_BATCH_TOKENS=896, LOGITS_CHUNK=2**17)
 
 
-@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(
-    "shape, more",
-    [(NARROW, {}), (WIDE, {}), (NARROW, {"GRADIENT_CHECKPOINTING": True, "KL_COEF": 0.1})],
-    ids=["narrow", "wide", "checkpointed, KL"],
+    "shape, more, half",
+    [
+        (NARROW, {}, False),
+        (WIDE, {}, True),
+        (NARROW, {"GRADIENT_CHECKPOINTING": True, "KL_COEF": 0.1}, False),
+        (NARROW, {"GRADIENT_CHECKPOINTING": True}, True),
+    ],
+    ids=["narrow, fp32", "wide, bf16", "checkpointed, fp32, KL", "checkpointed, bf16"],
 )
 @pytest.mark.parametrize("phase", [SAMPLING, UPDATE], ids=["sampling", "update"])
-def test_the_memory_is_what_two_steps_take(half, shape, more, phase, set_constants, set_reward, tokenizer):
+def test_the_memory_is_what_two_steps_take(shape, more, half, phase, set_constants, set_reward, tokenizer):
     coin = itertools.cycle([1.0, 0.0, 0.0])
     set_reward(lambda **response: {"score": 1.0, "acc": next(coin)})
     set_constants(
