@@ -538,17 +538,12 @@ def recompute_layers(model):
     if not layers:
         record.fail(f"GRADIENT_CHECKPOINTING=True is not possible: {type(model).__name__} has no layers made for it")
     for layer in layers:
-        layer.forward = functools.partial(recomputed, layer.forward)
-
-
-def recomputed(forward, *args, **kwargs):
-    if not torch.is_grad_enabled():  # in sampling
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 class NarrowCache(DynamicCache):
-    """In bf16 under autocast, half of what the rotary embedding leaves; attention would cast it at every token."""
+    """Keeps keys and values in bf16 under autocast. The rotary embedding makes them fp32, which takes twice the memory,
+    and attention would cast all of them again at every token."""
 
     def update(self, keys, values, *args, **kwargs):
         if torch.is_autocast_enabled(keys.device.type):
@@ -601,10 +596,10 @@ def evaluate(model, tokenizer, questions):
 
 @torch.no_grad()
 def check_policy(model, response):
-    """Refuses a model whose cache or head does not work as here assumed, by one greedy response with a padded prompt.
+    """Refuses a model that is sampled or scored wrong here, by a greedy response, best of all to a padded prompt.
 
-    Its tokens have to be the likeliest, and to have the log-probabilities, that a plain forward pass gives them. What
-    bf16 rounds away is far from half a nat in the mean of the first 64 tokens; a cache that is not used is beyond it.
+    In a plain forward pass its tokens have to be the likeliest, else the cache is at fault, and their log-probabilities
+    those of token_log_probs, else the head. Rounding in bf16 makes far less than half a nat, in the mean of 64 tokens.
     """
     prompt, tokens = response.question.prompt, response.tokens[:64]
     with autocast(model):
@@ -612,24 +607,24 @@ def check_policy(model, response):
     plain = (logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE).log_softmax(-1)  # (T, V)
     chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
     scored = token_log_probs(model, [prompt], [tokens])[0][0]
-    if (plain.amax(-1) - chosen).mean() > 0.5 or (scored - chosen).abs().mean() > 0.5:
+    gaps = torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()]).mean(1) * TEMPERATURE
+    if not (gaps < 0.5).all():
         kind = type(model).__name__
         record.fail(f"MODEL: {kind} cannot be trained here, for its cache or head works in another way than usual")
 
 
-def measure(tokenizers):
-    """`eval`: measures one model after the other, given {path: its tokenizer}."""
+def measure(paths, tokenizers):
+    """`eval`: evaluates one model after the other, and compares them."""
     results = {}
-    for path, tokenizer in tokenizers.items():
+    for path, tokenizer in zip(paths, tokenizers):
         record.say(f"{path}:")
         questions = load_questions(EVAL_DATASETS, tokenizer)
         results[path] = evaluate(load_model(path, tokenizer), tokenizer, questions)
     print(evaluation.report(results))
 
 
-def chat(tokenizers):
-    """`chat`, given {path: its tokenizer} of one model."""
-    ((path, tokenizer),) = tokenizers.items()
+def chat(path, tokenizer):
+    """`chat`: asks the model what is typed."""
     model = load_model(path, tokenizer)
     with autocast(model):
         evaluation.chat(path, model, tokenizer, read_prompt, globals())
@@ -644,9 +639,11 @@ def main(argv=None):
         elif command == "plot":
             print(record.compare(folders) if len(folders) > 1 else record.draw(*(folders or [OUTPUT_DIR])))
         else:
-            paths = [evaluation.saved_model(name, globals()) for name in folders or [MODEL]]
-            tokenizers = {path: load_tokenizer(path) for path in paths}  # of all, before the first takes its time
-            (chat if command == "chat" else measure)(tokenizers)
+            paths = [evaluation.saved_model(name) for name in folders or [MODEL]]
+            tokenizers = [load_tokenizer(path) for path in paths]  # of all, before the first takes its time
+            for path in paths:
+                evaluation.note_changes(path, globals())
+            measure(paths, tokenizers) if command == "eval" else chat(paths[0], tokenizers[0])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import sqlite3
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
 from record import assignments, fail, last_checkpoint, say, shorten
-from reward import answers_match, extract_answer
+from reward import as_number, extract_answer, plain
 
 # ---- Measures -------------------------------------------------------------------------------------------------------
 
@@ -32,19 +33,18 @@ def best_of(values, j):
 def majority(group):
     """The accuracy of the answer that most responses of a group give; of several with as many votes, their mean.
 
-    Answers worth the same are one answer, and a response without one has no vote.
+    A response without an answer has no vote. Right answers are one answer, however they are spelled, and so are wrong
+    numbers of the same value; other wrong answers are told apart by their text, as comparing formulas takes long.
     """
-    answers = []  # lists of responses, each with the same answer
+    answers = {}  # an answer's votes: the accuracies of who gives it
     for response in group:
         if response.prediction:
-            for same in answers:
-                if answers_match(response.prediction, same[0].prediction):
-                    same.append(response)
-                    break
-            else:
-                answers.append([response])
-    most = max(map(len, answers), default=0)
-    return statistics.fmean(r.accuracy for same in answers or [group] if len(same) >= most for r in same)
+            text = plain(response.prediction).casefold()
+            answer = "right" if response.accuracy == 1 else as_number(text) or (text,)
+            answers.setdefault(answer, []).append(response.accuracy)
+    most = max(map(len, answers.values()), default=0)
+    winners = [votes for votes in answers.values() if len(votes) == most]
+    return statistics.fmean(accuracy for votes in winners for accuracy in votes) if winners else 0.0
 
 
 def measures(greedy, sampled):
@@ -84,10 +84,10 @@ def report(results):
 
     Models are compared on the questions that all of them were asked: a tokenizer may make a question too long.
     """
-    asked = [{key(group): i for i, group in enumerate(greedy)} for greedy, _ in results.values()]
+    asked = [{key: i for i, key in enumerate(keys(greedy))} for greedy, _ in results.values()]
     common = [place for place in asked[0] if all(place in others for others in asked)]
-    lines = []
-    for path in dict.fromkeys(path for path, _ in common):
+    lines = [] if common else ["no question is short enough for all of these models"]
+    for path in dict.fromkeys(path for path, *_ in common):
         places = [place for place in common if place[0] == path]
         parts = {
             model: [[groups[index[place]] for place in places] if groups else [] for groups in result]
@@ -97,8 +97,13 @@ def report(results):
     return "\n".join(lines)
 
 
-def key(group):
-    return group[0].question.source, group[0].question.text
+def keys(groups):
+    """A name for each question that is the same for all models: (data set, text, how often it has come up before)."""
+    seen = Counter()
+    for group in groups:
+        place = group[0].question.source, group[0].question.text
+        seen[place] += 1
+        yield *place, seen[place]
 
 
 def comparison(results):
@@ -109,7 +114,7 @@ def comparison(results):
     columns = {model: measures(*groups) for model, groups in results.items()}
     first, last = list(columns.values())[0], list(columns.values())[-1]
     rows = [["", *columns, "change"]]
-    for name in first:
+    for name in first:  # the same for all, for they were judged by one reward function
         digits = 1 if name.startswith("response_length") else 3
         changes = [after - before for before, after in zip(first[name], last[name])]
         error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
@@ -149,24 +154,29 @@ def aligned(rows):
 # ---- Saved models, and `chat` ---------------------------------------------------------------------------------------
 
 
-def saved_model(path, constants):
-    """The model that a run saved last, where `path` is the run's folder; else `path`.
-
-    Says which constants that decide what it is asked, and how it answers, were others when it was trained.
-    """
+def saved_model(path):
+    """The model that a run saved last, where `path` is the run's folder; else `path`."""
     folder = Path(path)
-    if (folder / "run.db").exists():
-        models = [place for place in folder.iterdir() if re.fullmatch(r"(step|epoch)_\d+", place.name)]
-        if not models:
-            saved = last_checkpoint(folder) or "no checkpoint yet"
-            fail(f"the run in {path} has not saved a model yet; its checkpoint: {saved}")
-        folder = max(models, key=lambda place: place.stat().st_mtime)
-    script = folder / "train_script.py"
-    then = assignments(script.read_text(encoding="utf-8")) if script.exists() else {}
-    for name in {"PROMPT_TEMPLATE", "MAX_RESPONSE_LENGTH", "TEMPERATURE"} & set(then):
-        if (value := ast.literal_eval(then[name].value)) != constants[name]:
-            say(f"{folder} was trained with {name}={value!r}, here it is {constants[name]!r}")
-    return folder.as_posix()  # also where it is a name on the Hub
+    if not (folder / "run.db").exists():
+        return path
+    found = [re.fullmatch(r"(step|epoch)_(\d+)", place.name) for place in folder.iterdir()]
+    models = [(match[1] == "step", -int(match[2]), match[0]) for match in found if match]  # an epoch ends a run
+    if not models:
+        saved = last_checkpoint(folder) or "no checkpoint yet"
+        fail(f"the run in {path} has not saved a model yet; its checkpoint: {saved}")
+    return str(folder / min(models)[-1])
+
+
+def note_changes(path, constants):
+    """Says which constants that decide what a model is asked, and how it answers, were others when it was trained."""
+    script = Path(path) / "train_script.py"
+    if not script.exists():
+        return
+    with contextlib.suppress(SyntaxError, ValueError):  # edited since, or more than a value
+        then = assignments(script.read_text(encoding="utf-8"))
+        for name in ("PROMPT_TEMPLATE", "MAX_RESPONSE_LENGTH", "TEMPERATURE"):
+            if name in then and (value := ast.literal_eval(then[name].value)) != constants[name]:
+                say(f"{path} was trained with {name}={value!r}, here it is {constants[name]!r}")
 
 
 def chat(path, model, tokenizer, read_prompt, constants):

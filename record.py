@@ -271,6 +271,9 @@ def judge(name, questions, texts):
             reward_fault(name, f"gave {verdict!r} and not a finite number or {{'score': number}}", question, text)
     verdicts = [verdict if isinstance(verdict, dict) else {"score": verdict} for verdict in verdicts]
     verdicts = [{"acc": verdict["score"]} | verdict for verdict in verdicts]
+    for verdict in verdicts:
+        if "pred" in verdict:
+            verdict["pred"] = "" if verdict["pred"] is None else str(verdict["pred"])
     return [verdict | {key: float(verdict[key]) for key in ("score", "acc")} for verdict in verdicts]
 
 
@@ -482,7 +485,7 @@ class Run:
                 self.restore(checkpoint)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 fail(f"{checkpoint} cannot be read: {first_line(error)}; --RESUME=False starts over")
-        self.mirrors = [self.open_mirror(name) for name in mirrors_of(self.constants)]
+        self.mirrors = dict(map(self.open_mirror, mirrors_of(self.constants)))
         steps, done = self.constants["NUM_STEPS"], self.progress.step
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)
         self.opened.enter_context(contextlib.closing(self.bar))
@@ -491,16 +494,24 @@ class Run:
                 self.opened.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def open_mirror(self, name):
-        """Its function write(metrics, step), which already has what a run that goes on has in its run.db."""
+        """(name, its function write(metrics, step)); it already has what a run that goes on has in its run.db."""
+        rows = self.db.execute("SELECT step, name, value FROM metrics ORDER BY step")
         try:
             write, close = MIRRORS[name](self.folder, self.values)
+            self.opened.callback(self.try_mirror, name, close)
+            for step, values in itertools.groupby(rows, lambda row: row[0]):
+                write({metric: math.nan if value is None else value for _, metric, value in values}, step)
         except Exception as error:  # W&B without an account or a network
             fail(f"REPORT_TO={name} cannot be written to: {first_line(error)}")
-        self.opened.callback(close)
-        rows = self.db.execute("SELECT step, name, value FROM metrics ORDER BY step")
-        for step, values in itertools.groupby(rows, lambda row: row[0]):
-            write({name: math.nan if value is None else value for _, name, value in values}, step)
-        return write
+        return name, write
+
+    def try_mirror(self, name, function, *args):
+        """run.db is the record, and a mirror that fails is no reason to end a long run."""
+        try:
+            function(*args)
+        except Exception as error:
+            say(f"REPORT_TO={name} failed, the run goes on without it: {first_line(error)}")
+            self.mirrors.pop(name, None)
 
     def stop(self, number, frame):
         """What Ctrl-C and SIGTERM do."""
@@ -585,8 +596,8 @@ class Run:
                 judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
                 values = step, r.question.text, r.question.answer, r.text, *judged
                 self.db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-        for write in self.mirrors:
-            write(metrics, step)
+        for name, write in list(self.mirrors.items()):
+            self.try_mirror(name, write, metrics, step)
         shown = {
             "accuracy": "accuracy",
             "reward": "reward/mean",

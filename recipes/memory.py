@@ -3,9 +3,9 @@
     python recipes/memory.py recipes/gsm8k.py
     python recipes/memory.py recipes/gsm8k.py --GENERATION_BATCH=512
 
-An estimate for models built like Llama, Qwen or Mistral, from their configuration alone. tests/test_recipes.py holds it
-against what steps of small models really allocate (CPU, fp32 and bf16). CUDA itself takes about half a GiB more, and
-torch's allocator some 10 % that lies between the tensors.
+An estimate for models built like Llama and Qwen2, from their configuration alone; Qwen3 and Gemma, with more norms and
+wider heads, keep more for the backward pass. tests/test_recipes.py holds it against what steps of small models really
+allocate (CPU, fp32 and bf16). CUDA itself takes about half a GiB more, and torch leaves some 10 % between its tensors.
 """
 
 import sys
@@ -27,8 +27,9 @@ def memory(config, parameters, constants, half=True):
     and keys and values. Norms stay in fp32, so that the multiple of H hardly falls with bf16.
     """
     c, hidden, layers, width = constants, config.hidden_size, config.num_hidden_layers, 2 if half else 4
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    pair = 2 * config.num_key_value_heads * head * width  # bytes of a token's key and value in one layer
+    pair = 2 * heads * head * width  # bytes of a token's key and value in one layer
     length = c["MAX_PROMPT_LENGTH"] + c["MAX_RESPONSE_LENGTH"]
     tokens, rows = max(c["MICRO_BATCH_TOKENS"], length), c["GENERATION_BATCH"]
     layer = (30 if half else 32) * hidden + 4 * config.intermediate_size * width + pair
@@ -55,13 +56,20 @@ def table(parts):
 
 def main():
     with dapo.record.plain_endings():
+        if {"-h", "--help"} & set(sys.argv):
+            print(__doc__)
+            return
         dapo.record.read_command_line(None, vars(dapo))
         config = dapo.record.from_pretrained(AutoConfig, dapo.MODEL, trust_remote_code=dapo.TRUST_REMOTE_CODE)
-        with torch.device("meta"):  # without weights
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=dapo.TRUST_REMOTE_CODE)
-        parameters = sum(weights.numel() for weights in model.parameters())
+        try:
+            with torch.device("meta"):  # without weights
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=dapo.TRUST_REMOTE_CODE)
+            parameters = sum(weights.numel() for weights in model.parameters())
+            parts = memory(config.get_text_config(), parameters, vars(dapo))
+        except (AttributeError, ValueError) as error:
+            dapo.record.fail(f"MODEL={dapo.MODEL} is not built like Llama: {dapo.record.first_line(error)[:200]}")
         print(f"{dapo.MODEL}: {parameters / 1e6:,.0f} million parameters")
-        print(table(memory(config.get_text_config(), parameters, vars(dapo))))
+        print(table(parts))
 
 
 if __name__ == "__main__":

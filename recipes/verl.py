@@ -8,7 +8,6 @@ with it Ray, FSDP and vLLM. It is for verl 0.9.1: tests/test_verl.py asks its co
 manager. A training run on GPUs has not been made. README has the table of constants and keys, and what is left out.
 """
 
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from dapo import record  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 HERE = "$here"  # in run.sh, the folder it lies in
+FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "${GPUS:-8}", "${NODES:-1}", "${TENSOR_PARALLEL:-1}"
 WITHOUT_COUNTERPART = {"RETRY_SAME_QUESTION": False, "REST_EPOCHS": 0, "USE_OVERLONG_FILTERING": False}
 
 
@@ -128,9 +128,9 @@ def overrides(c):
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(c["MICRO_BATCH_TOKENS"], length),
         "actor_rollout_ref.model.enable_gradient_checkpointing": c["GRADIENT_CHECKPOINTING"],
         "actor_rollout_ref.actor.strategy": "fsdp",
-        "trainer.n_gpus_per_node": "${GPUS:-8}",
-        "trainer.nnodes": "${NODES:-1}",
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": "${TENSOR_PARALLEL:-1}",
+        "trainer.n_gpus_per_node": GPUS,
+        "trainer.nnodes": NODES,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": TENSOR_PARALLEL,
     }
     if template := chat_template(c):
         found["actor_rollout_ref.model.custom_chat_template"] = template
@@ -150,14 +150,21 @@ def chat_template(c):
 
 
 def argument(key, value):
-    """key=value as Hydra reads it, quoted for the shell, which fills in what begins with $."""
-    if isinstance(value, str) and value.startswith("${"):
+    """key=value in Hydra's grammar, quoted for the shell, which fills in the folder and the environment."""
+    if value in FROM_ENVIRONMENT:
         return f'{key}="{value}"'
-    if value is None:
-        value = "null"
-    elif isinstance(value, list) or isinstance(value, str) and not re.fullmatch(r"[\w/-][\w./-]*", value):
-        value = json.dumps(value, ensure_ascii=False)
-    return shlex.quote(f"{key}={value}").replace(HERE, f"'\"{HERE}\"'")
+    return shlex.quote(f"{key}={hydra(value)}").replace(HERE, f"'\"{HERE}\"'")
+
+
+def hydra(value):
+    """A value in Hydra's grammar. Texts are quoted, else 2 were a number and 模型 an error; what would end a text or be
+    filled in is escaped."""
+    if isinstance(value, list):
+        return f"[{','.join(map(hydra, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value)
+    value = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
+    return '"' + value.replace("${", "\\${") + '"'
 
 
 RUN = """\
@@ -179,7 +186,7 @@ def main(argv=None):
             print(__doc__)
             return
         out = next((word for word in argv if word == "--out" or word.startswith("--out=")), None)
-        if out is None or argv[-1] == "--out":
+        if out in (None, "--out=") or argv[-1] == "--out":
             record.fail("say where to: --out FOLDER")
         folder = out.partition("=")[2] if "=" in out else argv.pop(argv.index(out) + 1)
         argv.remove(out)
@@ -197,6 +204,7 @@ def write(folder, c):
     template, settings = record.template_of(c), overrides(c)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(c["REWARD"].rpartition(":")[0], folder)
         for name, split, sources in (
             ("train.parquet", "train", c["TRAIN_DATASETS"]),
             ("test.parquet", "test", c["EVAL_DATASETS"]),
@@ -204,11 +212,10 @@ def write(folder, c):
             rows = verl_rows(sources, split, template)
             record.datasets.Dataset.from_list(rows).to_parquet(folder / name)
             record.say(f"{folder / name}: {len(rows)} questions")
-        shutil.copy(c["REWARD"].rpartition(":")[0], folder)
         lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
         (folder / "run.sh").write_text(RUN + "".join(lines) + '    "$@"\n', encoding="utf-8")
     except OSError as error:
-        record.fail(f"--out {folder} cannot be written: {error.strerror}")
+        record.fail(f"--out {folder} cannot be written: {error.strerror or error}")
     record.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import os
 import sqlite3
 import statistics
 
@@ -13,6 +12,7 @@ from conftest import load, question, response
 
 import dapo
 import evaluation
+import reward
 
 
 @pytest.mark.parametrize("values", [[0, 0, 0, 1], [1, 0, 1, 1, 0], [1, 1], [0], [0.5, -1.0, 0.25, 2.0, 0.0]])
@@ -29,7 +29,7 @@ def test_pass_at_k_by_hand():
 
 def group(answers, truth="34", asked=None):
     """Responses that give these answers; None gives none."""
-    right = [answer is not None and float(answer) == float(truth) for answer in answers]
+    right = [answer is not None and reward.answers_match(answer, truth) for answer in answers]
     return [response(float(r), asked=asked, prediction=answer or "") for r, answer in zip(right, answers)]
 
 
@@ -42,12 +42,14 @@ def group(answers, truth="34", asked=None):
         (["34", "12", "7"], 1 / 3),
         (["34", "34.0", "$34$", "12", "12"], 1.0),  # three spellings of one answer
         (["34", "12", "12.0", "12.00", "34"], 0.0),
+        (["34", "34", "x+1", "X + 1 ", "y"], 1.0),  # formulas are told apart by their text
+        (["34", "0", "0.0"], 0.0),
         (["34", None, None, None], 1.0),  # who gives no answer has no vote
         ([None, None], 0.0),
     ],
 )
 def test_majority_by_hand(answers, expected):
-    assert evaluation.majority(group([a.strip("$") if a else a for a in answers])) == pytest.approx(expected)
+    assert evaluation.majority(group(answers)) == pytest.approx(expected)
 
 
 def test_measures_by_hand():
@@ -69,6 +71,14 @@ def test_measures_by_hand():
     }
     assert evaluation.metrics(greedy, sampled)["eval/avg@4"] == 0.5
     assert list(evaluation.measures(greedy, [])) == ["accuracy", "response_length", "truncated_fraction"]
+
+
+def test_answers_of_a_reward_of_ones_own_may_be_numbers_or_none(set_reward):
+    verdicts = [{"score": 1.0, "pred": 34}, {"score": 0.0, "pred": 0}, {"score": 0.0, "pred": None}, {"score": 0.0}]
+    set_reward(lambda solution_str, **others: verdicts[int(solution_str)])
+    asked = [question()] * 4
+    found = [verdict.get("pred") for verdict in dapo.record.judge("", asked, ["0", "1", "2", "3"])]
+    assert found == ["34", "0", "", None]
 
 
 def test_without_answers_there_is_no_majority():
@@ -130,6 +140,18 @@ def test_one_model_and_several_data_sets():
     first, second = text.split("hard: 2 questions")
     assert "easy: 1 questions" in first and "all of these responses are right" in first
     assert rows_of(second)["avg@10"] == ["avg@10", "0.200"] and "change" not in text
+
+
+def test_questions_of_the_same_text_are_not_one_question():
+    """They may differ in their system message, or stand in two parts of a data set."""
+    first, second = evaluated({"a": 1.0, "b": 0.5}), evaluated({"a": 0.0})
+    text = evaluation.report({"model": tuple(one + other for one, other in zip(first, second))})
+    assert "data: 3 questions" in text and rows_of(text)["avg@10"] == ["avg@10", "0.500"]
+
+
+def test_models_without_a_common_question():
+    text = evaluation.report({"one": evaluated({"a": 1.0}), "other": evaluated({"b": 1.0})})
+    assert "no question is short enough for all" in text
 
 
 def test_without_samples_the_greedy_answers_are_looked_at():
@@ -210,18 +232,27 @@ def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, mak
     assert said.count("[answer: ") == 2 and said.count("[not kept in ") == 2
 
 
-def test_a_run_stands_for_the_model_that_it_saved_last(make_folder, tmp_path, capsys):
-    folders = [make_folder() for _ in range(3)]
-    run = a_run(tmp_path / "run", ("step_10", folders[0]), ("step_9", folders[1]), ("notes", folders[2]))
-    for age, name in enumerate(("step_10", "step_9")):
-        os.utime(run / name, (1000 - age, 1000 - age))
-    assert evaluation.saved_model(run, vars(dapo)) == str(run / "step_10")
+@pytest.mark.parametrize(
+    "names, last",
+    [
+        (["step_9", "step_10", "notes", "step_11.unfinished"], "step_10"),
+        (["epoch_1", "step_40", "epoch_2"], "epoch_2"),
+    ],
+)
+def test_a_run_stands_for_the_model_that_it_saved_last(names, last, tmp_path):
+    run = a_run(tmp_path / "run")
+    for name in names:
+        (run / name).mkdir()
+    assert evaluation.saved_model(run) == str(run / last)
     for name in ("toy", "some/name"):
-        assert evaluation.saved_model(name, vars(dapo)) == name
+        assert evaluation.saved_model(name) == name
+
+
+def test_a_run_without_a_saved_model(tmp_path, capsys):
     empty = a_run(tmp_path / "empty")
     (empty / "checkpoint/step_5").mkdir(parents=True)
     with pytest.raises(SystemExit):
-        evaluation.saved_model(empty, vars(dapo))
+        evaluation.saved_model(empty)
     assert f"has not saved a model yet; its checkpoint: {empty}/checkpoint/step_5" in capsys.readouterr().err
 
 
@@ -230,15 +261,18 @@ def test_it_is_said_with_what_a_model_was_trained(make_folder, set_constants, ca
     folder = make_folder()
     set_constants(PROMPT_TEMPLATE="boxed", MAX_RESPONSE_LENGTH=50)
     (folder / "train_script.py").write_text(dapo.record.script_as_run(vars(dapo)))
-    evaluation.saved_model(folder, vars(dapo))
+    evaluation.note_changes(folder, vars(dapo))
     assert not capsys.readouterr().out
     set_constants(PROMPT_TEMPLATE="{question}", MAX_RESPONSE_LENGTH=60, EVAL_SAMPLES=3)
-    evaluation.saved_model(folder, vars(dapo))
+    evaluation.note_changes(folder, vars(dapo))
     said = capsys.readouterr().out.splitlines()
-    assert sorted(said) == [
-        f"{folder} was trained with MAX_RESPONSE_LENGTH=50, here it is 60",
+    assert said == [
         f"{folder} was trained with PROMPT_TEMPLATE='boxed', here it is '{{question}}'",
+        f"{folder} was trained with MAX_RESPONSE_LENGTH=50, here it is 60",
     ]
+    for script in ("MAX_RESPONSE_LENGTH = 2**6\n", "no Python"):  # edited since
+        (folder / "train_script.py").write_text(script)
+        evaluation.note_changes(folder, vars(dapo))
 
 
 def test_all_names_are_looked_at_before_the_first_is_measured(main, make_folder, monkeypatch, capsys):

@@ -95,6 +95,26 @@ def test_they_are_imported_only_when_asked_for(main, settings, monkeypatch, tmp_
     main(["eval", *settings, "--REPORT_TO=wandb"])  # nothing to mirror
 
 
+def test_a_mirror_that_fails_does_not_end_a_run(main, settings, wandb, monkeypatch, tmp_path, capsys):
+    """Neither while metrics are written, with whatever error, nor when it is closed."""
+    init = sys.modules["wandb"].init
+
+    def lost(*args, **kwargs):
+        raise ConnectionError("connection lost")
+
+    def failing(**options):
+        run = init(**options)
+        real, run.finish = run.log, lost
+        run.log = lambda metrics, step: lost() if step == 1 else real(metrics, step)
+        return run
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", failing)
+    main([*settings, "--REPORT_TO=wandb"])
+    assert capsys.readouterr().out.count("REPORT_TO=wandb failed, the run goes on without it: connection lost") == 2
+    assert {step for step, _ in recorded(tmp_path / "run")} == {0, 1, 2} and (tmp_path / "run/step_2").exists()
+    assert [step for step, _ in wandb[0].logged] == [0]
+
+
 def test_a_mirror_that_cannot_be_opened(main, settings, wandb, monkeypatch, tmp_path, capsys):
     def init(**options):
         raise RuntimeError("No API key configured.\nmore")

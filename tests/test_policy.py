@@ -146,6 +146,42 @@ def test_weights_are_fp32_whatever_was_saved(make_folder):
     assert {parameter.dtype for parameter in load(folder)[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "qwen3_next"])
+def test_the_cache_holds_bfloat16_under_autocast(kind, make_folder, tokenizer, set_constants, monkeypatch):
+    """And no token is another for it, as attention rounds keys and values in any case."""
+    set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+    model, _ = load(make_folder(kind))
+    caches, real = [], dapo.NarrowCache
+    monkeypatch.setattr(dapo, "NarrowCache", lambda **options: caches.append(real(**options)) or caches[-1])
+    torch.manual_seed(0)
+    narrow = dapo.sample_tokens(model, make_prompts(tokenizer), 2)
+    layers = [layer for layer in caches[0].layers if getattr(layer, "keys", None) is not None]
+    assert layers and all(part.dtype == torch.bfloat16 for layer in layers for part in (layer.keys, layer.values))
+    monkeypatch.setattr(dapo, "NarrowCache", dapo.DynamicCache)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, narrow, dapo.sample_tokens(model, make_prompts(tokenizer), 2)))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "mixtral"])
+def test_rounding_is_no_reason_to_refuse_a_model(kind, make_folder, tokenizer, set_constants, capsys):
+    for temperature in (0.1, 1.0, 5.0):
+        set_constants(MAX_RESPONSE_LENGTH=80, TEMPERATURE=temperature, OVERLONG_BUFFER_LENGTH=0)
+        set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+        model, _ = load(make_folder(kind))
+        asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
+        dapo.evaluate(model, tokenizer, asked)
+
+
+def test_a_policy_is_checked_by_a_padded_prompt(make_folder, tokenizer, set_constants, monkeypatch):
+    set_constants(MAX_RESPONSE_LENGTH=4, OVERLONG_BUFFER_LENGTH=0)
+    lengths = []
+    set_constants(check_policy=lambda model, response: lengths.append(len(response.question.prompt)))
+    model, _ = load(make_folder())
+    asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
+    dapo.evaluate(model, tokenizer, asked)
+    assert lengths == [min(LENGTHS)] and max(LENGTHS) > min(LENGTHS)
+
+
 def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants):
     """As on CUDA, but on the CPU: sampling and scoring differ by rounding only, and gradients stay fp32."""
     set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))

@@ -109,7 +109,53 @@ def test_what_verl_cannot_do_is_said_or_refused(hand_over, capsys, tmp_path):
     assert end.value.code == 2 and "takes lists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--out"], ["--SEED=1"]])
+def test_what_no_constant_decides():
+    """So that the loss, the advantage, the filter and the sampling are those of dapo.py: by verl's documentation."""
+    found = convert["overrides"]({name: value for name, value in vars(dapo).items() if name.isupper()})
+    A = "actor_rollout_ref."
+    assert {
+        "algorithm.adv_estimator": "grpo", "algorithm.norm_adv_by_std_in_grpo": True,
+        "algorithm.use_kl_in_reward": False, "algorithm.filter_groups.metric": "acc",
+        "reward.reward_manager.name": "dapo", "data.filter_overlong_prompts": True, A + "actor.use_dynamic_bsz": True,
+        A + "actor.kl_loss_type": "low_var_kl", A + "actor.shuffle": True, A + "rollout.name": "vllm",
+        A + "rollout.top_k": -1, A + "rollout.top_p": 1.0, A + "rollout.val_kwargs.top_k": -1,
+        A + "rollout.val_kwargs.top_p": 1.0, A + "actor.optim.lr_scheduler_type": "constant",
+    }.items() <= found.items()  # fmt: skip
+    assert found[A + "actor.clip_ratio_c"] > 2.72**20  # past where the ratio itself is held
+
+
+@pytest.mark.parametrize(
+    "value, written",
+    [
+        (7, "7"),
+        (2e-05, "2e-05"),
+        (True, "True"),
+        (None, "null"),
+        ("2", '"2"'),
+        ("null", '"null"'),
+        ("/data/模型", '"/data/模型"'),
+        ('say "a"', r'"say \"a\""'),
+        (r"a\b", r'"a\b"'),
+        ("a\\", '"a\\\\"'),
+        ("${x}", r'"\${x}"'),
+        (["console", "wandb"], '["console","wandb"]'),
+    ],
+)
+def test_values_in_hydras_grammar(value, written):
+    assert convert["hydra"](value) == written
+
+
+def test_what_the_shell_fills_in(tmp_path):
+    """The folder and the environment, and nothing else; what comes out is what Hydra reads."""
+    argument = convert["argument"]
+    words = [argument("a", "$here/x y"), argument("b", "it's $HOME `ls` 模型"), argument("c", convert["GPUS"])]
+    script = 'here="/data/my run"; printf "%s\\n" ' + " ".join(words)
+    for environment, gpus in ({"GPUS": "3"}, "3"), ({}, "8"):
+        out = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+        assert out.splitlines() == ['a="/data/my run/x y"', 'b="it\'s $HOME `ls` 模型"', f"c={gpus}"]
+
+
+@pytest.mark.parametrize("words", [[], ["--out"], ["--out="], ["--SEED=1"]])
 def test_without_a_folder_it_says_so(words, capsys):
     with pytest.raises(SystemExit) as end:
         convert["main"](words)
