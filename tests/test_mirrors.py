@@ -14,7 +14,8 @@ import dapo
 
 
 @pytest.fixture
-def settings(make_folder, set_reward, tmp_path):
+def settings(make_folder, set_reward, monkeypatch, tmp_path):
+    monkeypatch.setattr(dapo.record, "draw", lambda folder: None)
     set_reward(lambda solution_str, **others: 2.0 * (len(solution_str) % 2) - 1)
     rows = [{"question": f"Tom has {n} apples.", "answer": str(n)} for n in range(10, 18)]
     (tmp_path / "q.json").write_text("\n".join(map(json.dumps, rows)))

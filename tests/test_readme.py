@@ -10,6 +10,7 @@ from collections import Counter
 
 import pandas
 import pytest
+from architectures import ARCHITECTURES
 from conftest import ROOT
 
 import dapo
@@ -202,6 +203,11 @@ def test_the_figures_are_those_measured(name):
     shown = [{cell for cell in row[1:] if cell} for row in rows(FILES[name])]
     assert all(any(row <= whole for whole in measured) for row in shown)
     assert all(any(row <= whole for row in shown) for whole in measured)
+
+
+def test_the_number_of_architectures():
+    count = len({config for config, _ in ARCHITECTURES.values()})
+    assert f"{count} architectures" in EN and f"{count} 种架构" in ZH
 
 
 def handed_over(name):
