@@ -52,21 +52,23 @@ def measures(greedy, sampled):
 
     Those named @k are of k samples, and those without of the greedy response.
     """
-    found = {}
-    for groups, k in ((greedy, ""), (sampled, f"@{len(sampled[0])}" if sampled else "")):
-        if not groups:
-            continue
-        accuracies = [[response.accuracy for response in group] for group in groups]
-        found["avg" + k if k else "accuracy"] = list(map(statistics.fmean, accuracies))
-        if k:
-            powers = [2**n for n in range(1, len(sampled[0]).bit_length())]
-            for j in sorted({*powers, len(sampled[0])}):
-                found[f"pass@{j}"] = [best_of(values, j) for values in accuracies]
-            if any(response.prediction is not None for group in groups for response in group):
-                found["maj" + k] = list(map(majority, groups))
-        found["response_length" + k] = [statistics.fmean(len(r.tokens) for r in group) for group in groups]
-        found["truncated_fraction" + k] = [statistics.fmean(r.truncated for r in group) for group in groups]
+    found = {"accuracy": [group[0].accuracy for group in greedy]} | lengths(greedy)
+    if sampled:
+        k, accuracies = len(sampled[0]), [[response.accuracy for response in group] for group in sampled]
+        found[f"avg@{k}"] = list(map(statistics.fmean, accuracies))
+        for j in sorted({*(2**n for n in range(1, k.bit_length())), k}):  # 2, 4, 8, ... and k
+            found[f"pass@{j}"] = [best_of(values, j) for values in accuracies]
+        if any(response.prediction is not None for group in sampled for response in group):
+            found[f"maj@{k}"] = list(map(majority, sampled))
+        found |= {f"{name}@{k}": values for name, values in lengths(sampled).items()}
     return found
+
+
+def lengths(groups):
+    return {
+        "response_length": [statistics.fmean(len(response.tokens) for response in group) for group in groups],
+        "truncated_fraction": [statistics.fmean(response.truncated for response in group) for group in groups],
+    }
 
 
 def metrics(greedy, sampled):
