@@ -13,7 +13,8 @@ The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 
                 tokens and not over responses (eq. 12)
 
 GRPO is the same without 2 and 3, without the two changes in 5, and with a KL penalty. Left out: more than one GPU, and
-a sampling engine such as vLLM. Reading data, the run's record, its pictures and the command line are in record.py.
+a sampling engine such as vLLM. Reading data, the run's record, its pictures and the command line are in record.py,
+measuring models and talking to them in evaluation.py.
 """
 
 import functools
@@ -56,7 +57,7 @@ SEED = 0  # of every random choice
 NUM_STEPS: int | None = 40  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
-EVAL_SAMPLES = 1  # k: above 1, avg@k and pass@k at TEMPERATURE beside the greedy accuracy
+EVAL_SAMPLES = 1  # k: above 1, avg@k, pass@k, maj@k at TEMPERATURE beside the greedy accuracy
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which only the last is kept
 REPORT_TO = ""  # mirrors of the metrics: tensorboard or wandb, or both with a comma between them
@@ -553,11 +554,9 @@ class NarrowCache(DynamicCache):
 
 def read_prompt(tokenizer, messages):
     """Chat messages → token ids, as a list. Without a chat template only the last message is read."""
-    *before, last = messages
-    asked = record.template_of(globals()).replace("{question}", last["content"])
+    messages = record.with_template(messages, globals())
     if not tokenizer.chat_template:
-        return tokenizer(asked)["input_ids"]
-    messages = [*before, last | {"content": asked}]
+        return tokenizer(messages[-1]["content"])["input_ids"]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 

@@ -115,6 +115,12 @@ def template_of(constants):
     return PROMPT_TEMPLATES.get(constants["PROMPT_TEMPLATE"], constants["PROMPT_TEMPLATE"])
 
 
+def with_template(messages, constants):
+    """Chat messages with PROMPT_TEMPLATE around the last one."""
+    *before, last = messages
+    return [*before, last | {"content": template_of(constants).replace("{question}", last["content"])}]
+
+
 def from_pretrained(kind, path, **options):
     """kind.from_pretrained(path) for one of transformers' Auto classes, with a progress bar only for downloads."""
     (bars.disable_progress_bar if os.path.isdir(path) else bars.enable_progress_bar)()
@@ -470,6 +476,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.progress, self.questions = progress, questions
         self.signal, self.state, self.opened, self.start = None, None, contextlib.ExitStack(), time.time()
+        self.mirrors = {}  # by name, each a function write(metrics, step)
         self.unsound = 0  # steps in a row with an update that was skipped
 
     def begin(self, checkpoint):
@@ -485,7 +492,8 @@ class Run:
                 self.restore(checkpoint)
             except (OSError, ValueError, KeyError, SafetensorError) as error:
                 fail(f"{checkpoint} cannot be read: {first_line(error)}; --RESUME=False starts over")
-        self.mirrors = dict(map(self.open_mirror, mirrors_of(self.constants)))
+        for name in mirrors_of(self.constants):
+            self.mirrors[name] = self.open_mirror(name)
         steps, done = self.constants["NUM_STEPS"], self.progress.step
         self.bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None)
         self.opened.enter_context(contextlib.closing(self.bar))
@@ -494,7 +502,7 @@ class Run:
                 self.opened.callback(signal.signal, number, signal.signal(number, self.stop))
 
     def open_mirror(self, name):
-        """(name, its function write(metrics, step)); it already has what a run that goes on has in its run.db."""
+        """Its function write(metrics, step); it already has what a run that goes on has in its run.db."""
         rows = self.db.execute("SELECT step, name, value FROM metrics ORDER BY step")
         try:
             write, close = MIRRORS[name](self.folder, self.values)
@@ -503,7 +511,7 @@ class Run:
                 write({metric: math.nan if value is None else value for _, metric, value in values}, step)
         except Exception as error:  # W&B without an account or a network
             fail(f"REPORT_TO={name} cannot be written to: {first_line(error)}")
-        return name, write
+        return write
 
     def try_mirror(self, name, function, *args):
         """run.db is the record, and a mirror that fails is no reason to end a long run."""

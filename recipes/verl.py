@@ -29,19 +29,18 @@ FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "${GPUS:-8}", "${NODES:-1}", "
 WITHOUT_COUNTERPART = {"RETRY_SAME_QUESTION": False, "REST_EPOCHS": 0, "USE_OVERLONG_FILTERING": False}
 
 
-def verl_rows(sources, split, template):
+def verl_rows(sources, split, c):
     """Rows in verl's schema: what is asked as chat messages, and the ground truth for the reward manager."""
     rows = []
     for source in sources:
         for messages, answer in record.load_rows(source):
-            *before, last = [{"role": message["role"], "content": message["content"]} for message in messages]
-            asked = last | {"content": template.replace("{question}", last["content"])}
+            asked = record.with_template(messages, c)
             row = {
                 "data_source": source["path"],
-                "prompt": [*before, asked],
+                "prompt": [{"role": message["role"], "content": message["content"]} for message in asked],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": answer},
-                "extra_info": {"split": split, "index": len(rows), "question": last["content"]},
+                "extra_info": {"split": split, "index": len(rows), "question": messages[-1]["content"]},
             }
             rows.append(row)
     return rows
@@ -201,7 +200,7 @@ def write(folder, c):
     for name, usual in WITHOUT_COUNTERPART.items():
         if c[name] != usual:
             record.say(f"{name}={c[name]} has no counterpart in verl: left out")
-    template, settings = record.template_of(c), overrides(c)
+    settings = overrides(c)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(c["REWARD"].rpartition(":")[0], folder)
@@ -209,7 +208,7 @@ def write(folder, c):
             ("train.parquet", "train", c["TRAIN_DATASETS"]),
             ("test.parquet", "test", c["EVAL_DATASETS"]),
         ):
-            rows = verl_rows(sources, split, template)
+            rows = verl_rows(sources, split, c)
             record.datasets.Dataset.from_list(rows).to_parquet(folder / name)
             record.say(f"{folder / name}: {len(rows)} questions")
         lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]

@@ -125,3 +125,23 @@ def test_a_mirror_that_cannot_be_opened(main, settings, wandb, monkeypatch, tmp_
         main([*settings, "--REPORT_TO=wandb"])
     assert end.value.code == 2
     assert "REPORT_TO=wandb cannot be written to: No API key configured." in capsys.readouterr().err
+
+
+def test_a_mirror_that_takes_nothing_of_what_there_is(main, settings, wandb, monkeypatch, capsys):
+    """Not even its end, for a run that goes on."""
+    main([*settings, "--REPORT_TO=wandb"])
+    init = sys.modules["wandb"].init
+
+    def lost(*args, **kwargs):
+        raise ConnectionError("connection lost")
+
+    def failing(**options):
+        run = init(**options)
+        run.log = run.finish = lost
+        return run
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", failing)
+    with pytest.raises(SystemExit) as end:
+        main([*settings, "--NUM_STEPS=3", "--REPORT_TO=wandb"])
+    assert end.value.code == 2
+    assert "REPORT_TO=wandb cannot be written to: connection lost" in capsys.readouterr().err

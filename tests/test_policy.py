@@ -40,8 +40,9 @@ def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, se
     responses = dapo.sample_tokens(model, make_prompts(tokenizer), group_size=8)
     prompts = [prompt for prompt in make_prompts(tokenizer) for _ in range(8)]
     lengths = [len(response) for response in responses]
-    assert len(set(lengths)) > 3 and max(lengths) == 18 > min(lengths)
+    assert len(set(lengths)) > (3 if kind == "gemma3" else 4) and max(lengths) == 18 > min(lengths)
 
+    tolerance = 5e-4 if kind == "smollm3" else 1e-4  # its fp32 rounds more: in fp64 the two agree to 1e-6
     log_probs, entropy, mask = dapo.token_log_probs(model, prompts, responses)
     assert log_probs.shape == entropy.shape == mask.shape == (len(prompts), 18)
     assert mask.sum(1).tolist() == lengths
@@ -52,9 +53,9 @@ def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, se
         for row, distribution in zip(rows, probabilities):
             if position < lengths[row]:
                 token = responses[row][position]
-                assert log_probs[row, position].item() == pytest.approx(distribution[token].log().item(), abs=5e-4)
+                assert log_probs[row, position].item() == pytest.approx(distribution[token].log().item(), abs=tolerance)
                 by_hand = -(distribution * distribution.log()).sum().item()
-                assert entropy[row, position].item() == pytest.approx(by_hand, abs=5e-4)
+                assert entropy[row, position].item() == pytest.approx(by_hand, abs=tolerance)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
