@@ -1,135 +1,190 @@
-"""DAPO: reinforcement learning for language models, in one file to be read from top to bottom.
+"""DAPO: reinforcement learning for language models, in one file that you read from top to bottom.
 
     python dapo.py                         trains the toy model that ships with it, on a laptop, in minutes
-    python dapo.py --CLIP_RANGE_HIGH=0.2   the same with one constant changed; --help lists them all
+    python dapo.py --CLIP_RANGE_HIGH=0.2   trains it with one constant changed
+    python dapo.py recipes/gsm8k.py        trains with the constants that a Python file, a recipe, sets
 
-The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476. One step of it:
+The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476. One training step:
 
     1. sample   GROUP_SIZE responses to each of BATCH_SIZE questions, and judge their final answers by rule (eq. 7)
-    2. filter   drop the groups that are all right or all wrong, and sample new questions in their place (eq. 11)
-    3. shape    take something off the reward of a response that comes close to the length limit (eq. 13)
-    4. compare  each reward with its own group's: that is the advantage, no value network needed (eq. 9)
-    5. update   the policy by PPO's clipped objective, with more room upwards than downwards (eq. 10), averaged over
-                tokens and not over responses (eq. 12)
+    2. filter   drop every group that is all right or all wrong, and sample new questions in its place (eq. 11)
+    3. shape    lower the reward of a response that comes close to the length limit (eq. 13)
+    4. compare  each reward with the others in its group: the difference is the advantage (eq. 9)
+    5. update   the policy by PPO's clipped objective, with more room upward than downward (eq. 10), averaged over
+                tokens instead of responses (eq. 12)
 
-GRPO is the same without 2 and 3, without the two changes in 5, and with a KL penalty. Left out: more than one GPU, and
-a sampling engine such as vLLM. Reading data, the run's record, its pictures and the command line are in record.py,
-measuring models and talking to them in evaluation.py.
+GRPO is the same without 2 and 3 and without the two changes in 5, but with a KL penalty. We leave out training on more
+than one GPU, sampling engines such as vLLM, and the second clip ("dual clip") that the authors' code adds to eq. 10.
+
+Words:
+    policy     the language model, as something that chooses the next token; training changes its probabilities
+    reward     one number for a whole response: 1 if its final answer is right, -1 if it is wrong
+    advantage  how much better a response did than its group, all responses to one question; it can be negative
+    ratio ρ    the probability of a token now, divided by its probability when it was sampled
+    clip       stops pushing a token once its ratio has moved far enough from 1
+    entropy    how undecided the policy is about the next token, in nats
+    KL         how far the policy has moved away from the base model, the one that training started from
+    cache      what attention has computed for earlier tokens ("keys and values"), kept to compute the next one quickly
+    shapes     B rows of a batch, P prompt tokens, T response tokens, N response tokens of all rows, H hidden size,
+               V vocabulary, n groups of G responses
 """
 
+import ast
+import contextlib
+import csv
+import difflib
 import functools
+import glob
+import inspect
 import itertools
+import json
+import logging
 import math
+import os
 import random
+import runpy
+import shutil
+import signal
+import sqlite3
+import statistics
+import sys
 import time
+import traceback
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import record  # before torch: it imports datasets, which on Windows has to come first
+import pyarrow.parquet  # before torch, for Windows
 import torch
+import transformers
+from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, set_seed
-from transformers.modeling_layers import GradientCheckpointingLayer
+from tqdm import tqdm
 
-import evaluation
-from reward import overlong_penalty
+from reward import compute_score, overlong_penalty
 
-# ---- Constants: read when a function runs, so that the command line, a recipe or grpo.py can set them ---------------
+# ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
 
 # Model and data
-MODEL = "toy"  # folder or Hub name of a causal language model
-TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv or hub; input, output: columns, dotted if nested
+MODEL = "toy"  # folder or Hub name of a causal language model; the folder of a run: the model it saved last
+TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv, or hub; input, output: columns, dotted if nested
     {"path": "toy/train.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
 EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
-PROMPT_TEMPLATE = "{question}"  # what is asked; boxed or answer: ready-made ones. A chat template comes around it
+PROMPT_TEMPLATE = "{question}"  # what is asked, inside the chat template; "boxed" and "answer" name ready-made ones
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
-OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is kept aside
-RESUME = True  # go on with a run in it that was broken off; False: start over, and keep that one aside too
-DEVICE = ""  # cpu, cuda or mps; empty: the best there is
+OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is renamed, not overwritten
+RESUME = True  # resume an interrupted run in it; False: always start a new one
+DEVICE = ""  # cpu, cuda, or mps; empty: the best one available
 SEED = 0  # of every random choice
 
 # Length of the run
-NUM_STEPS: int | None = 40  # batches to train on; None: NUM_EPOCHS passes over the data
-NUM_EPOCHS = 1  # passes over the data where NUM_STEPS is None
-EVAL_EVERY = 5  # steps between evaluations, each with a sample answer and new pictures
-EVAL_SAMPLES = 1  # k: above 1, avg@k, pass@k, maj@k at TEMPERATURE beside the greedy accuracy
+NUM_STEPS = 40  # batches to train on; None: NUM_EPOCHS passes over the data
+NUM_EPOCHS = 1  # passes over the data if NUM_STEPS is None
+EVAL_EVERY = 5  # steps between evaluations, each with a sample response and a new picture
+EVAL_SAMPLES = 1  # k: above 1, avg@k at TEMPERATURE is measured besides greedy accuracy
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
-CHECKPOINT_EVERY = 5  # steps between checkpoints, of which only the last is kept
-REPORT_TO = ""  # mirrors of the metrics: tensorboard or wandb, or both with a comma between them
+CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
 
 # Sampling
-BATCH_SIZE = 32  # questions a step
-GROUP_SIZE = 8  # responses to each question
-MAX_RESPONSE_LENGTH = 96  # tokens, the end token included
+BATCH_SIZE = 32  # questions per step
+GROUP_SIZE = 8  # responses per question
+MAX_RESPONSE_LENGTH = 96  # tokens, including the end token
 TEMPERATURE = 1.0  # of the policy, wherever it is sampled or scored
-GENERATION_BATCH = 1024  # responses sampled at a time, in whole groups; halved if memory does not suffice
+GENERATION_BATCH = 1024  # responses sampled at a time, in whole groups; lower it if memory runs out while sampling
 DECODE_STAGE = 8  # tokens decoded before the responses that have ended leave the batch
-
-# Dynamic sampling
 USE_DYNAMIC_SAMPLING = True  # replace groups that are all right or all wrong (GRPO: False)
-MAX_GEN_BATCHES = 10  # rounds of sampling a step at most, of up to BATCH_SIZE questions each
+MAX_GEN_BATCHES = 10  # rounds of sampling per step, at most, of up to BATCH_SIZE questions each
 RETRY_SAME_QUESTION = False  # replace such a group by a new try at its question, which is not the paper's way
 REST_EPOCHS = 0  # epochs in which the question of such a group is not asked again
 
 # Reward
-REWARD = "reward.py:compute_score"  # path:function of what judges a response, with verl's signature
-OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit in which the punishment grows; 0: none (GRPO: 0)
+REWARD = compute_score  # judges a response; has the parameters of verl's reward functions; or "file.py:function"
+OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit over which the punishment grows; 0: none (GRPO: 0)
 OVERLONG_PENALTY_FACTOR = 1.0  # reward taken off at the limit
 USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but in their group's baseline
 
 # Loss
-CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its probability has fallen to 1 - this times the old one
-CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until it has risen to 1 + this (GRPO: 0.2)
+CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its probability is 1 - this times the old one
+CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until its probability is 1 + this times the old one (GRPO: 0.2)
 LOSS_AGG_MODE = "token-mean"  # or seq-mean-token-sum, or seq-mean-token-mean (GRPO)
 KL_COEF = 0.0  # weight of the divergence from the base model (GRPO: above 0)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 
 # Update
-LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, for 32 B parameters: 1e-6)
-WARMUP_STEPS = 5  # steps in which the learning rate rises to it
+LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, with 32 billion parameters: 1e-6)
+WARMUP_STEPS = 5  # steps over which the learning rate rises to it
 WEIGHT_DECAY = 0.1  # of AdamW
-MAX_GRAD_NORM = 1.0  # a longer gradient is cut to this length
+MAX_GRAD_NORM = 1.0  # a longer gradient is scaled down to this length
 DAPO_EPOCHS = 1  # passes over each batch
 MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
-MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding included; halved likewise
-GRADIENT_CHECKPOINTING = False  # keep each layer's input only, and compute the layer again: less memory, more time
-LOGITS_CHUNK = 2**25  # logits made at a time: 0.125 GiB, and about 6 times that while they are worked on
+MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding included; lower it if memory runs out
+GRADIENT_CHECKPOINTING = False  # keep only each layer's input and compute the layer again: less memory, more time
+LOGITS_CHUNK = 2**25  # logits computed at a time: 0.125 GiB, and several times that while they are worked on
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}  # as they are shipped
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+
+def train():
+    """Trains MODEL on TRAIN_DATASETS. Everything it writes is in OUTPUT_DIR."""
+    model, tokenizer = load_model(MODEL)
+    base = load_model(MODEL)[0] if KL_COEF else None
+    questions, held_out = load_questions(TRAIN_DATASETS, tokenizer), load_questions(EVAL_DATASETS, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    with open_run(model, tokenizer, optimizer, questions) as run:  # resumes an interrupted run, if there is one
+        stream = question_stream(questions, run)
+        while not run.is_over():
+            run.save_if_due()
+            if run.step % EVAL_EVERY == 0:
+                run.record(evaluate(model, tokenizer, held_out))
+            metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, run.step + 1)
+            if sampled:  # else all questions that were left are resting
+                run.step += 1
+                run.record(metrics, sampled)
+        run.save_if_due(last=True)
+        run.record(evaluate(model, tokenizer, held_out))
+        run.finish()
+
+
+def train_step(model, base, tokenizer, optimizer, stream, step):
+    """One step of DAPO. Returns its metrics, and all groups that it sampled: none if the stream has ended."""
+    set_seed("step", step)  # of its own, so that a resumed run only has to know which step is next
+    start, groups, sampled, again, rounds = time.perf_counter(), [], [], [], 0
+    while len(groups) < BATCH_SIZE and rounds < MAX_GEN_BATCHES:
+        keep_rate = (len(groups) + 1) / (len(sampled) + 1)  # so far, and never 0
+        wanted = min(BATCH_SIZE, math.ceil((BATCH_SIZE - len(groups)) / keep_rate))
+        questions = again or list(itertools.islice(stream, wanted))
+        if not questions:
+            break
+        fresh = sample_groups(model, tokenizer, questions, GROUP_SIZE)  # 1. sample
+        kept, dropped = filter_groups(fresh)  # 2. filter
+        groups, sampled, rounds = groups + kept, sampled + fresh, rounds + 1
+        again = [group[0].question for group in dropped] if RETRY_SAME_QUESTION else []
+    if not sampled:
+        return {}, []
+    batch = groups[:BATCH_SIZE]  # the surplus is not saved for the next step, whose policy is another one
+    shape_rewards(sampled)  # 3. shape; those in the batch are among them
+    compare_rewards(batch)  # 4. compare
+    metrics = sampling_metrics(sampled, groups, batch, rounds, time.perf_counter() - start)
+    metrics |= update_policy(model, base, optimizer, batch, step)  # 5. update
+    seconds = time.perf_counter() - start
+    return metrics | {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}, sampled
 
 
 @dataclass(eq=False)
 class Question:
     text: str
     answer: str  # the ground truth
-    source: str  # its data set's path
+    source: str  # the path of its data set
     prompt: torch.Tensor  # (P,) token ids, as the model reads them
     rests: int = 0  # epochs in which it is still not to be asked
-
-
-def question_stream(questions, progress):
-    """Each question once an epoch, in an order fixed by SEED; without end where NUM_STEPS ends the run."""
-    while NUM_STEPS or progress.epoch < NUM_EPOCHS:
-        order = random.Random(f"{SEED} {progress.epoch}").sample(questions, len(questions))
-        for question in order[progress.drawn :]:
-            progress.drawn += 1
-            if question.rests:
-                question.rests -= 1
-            else:
-                yield question
-        progress.epoch, progress.drawn = progress.epoch + 1, 0
-
-
-# ---- Sampling -------------------------------------------------------------------------------------------------------
-
-
-def autocast(model):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
 @dataclass(eq=False)
@@ -140,509 +195,928 @@ class Response:
     truncated: bool  # cut off by MAX_RESPONSE_LENGTH
     accuracy: float  # 1 right, 0 wrong
     reward: float  # 1 right, -1 wrong, less the overlong penalty
-    prediction: str | None  # the answer in it, where REWARD tells
-    advantage: float | None = None  # None: its group was dropped
+    prediction: str | None = None  # the answer found in it, if REWARD tells
+    advantage: float | None = None  # None: not in the batch
     old_log_probs: torch.Tensor | None = None  # (T,) by the policy that sampled it
-    base_log_probs: torch.Tensor | None = None  # (T,) by the base model, where there is a KL_COEF
+    base_log_probs: torch.Tensor | None = None  # (T,) by the base model, if there is a KL_COEF
+
+
+# ---- 1. Sample ------------------------------------------------------------------------------------------------------
+
+
+def sample_groups(model, tokenizer, questions, group_size, greedy=False):
+    """Samples `group_size` responses to each question and judges them. Returns a list of groups of Responses."""
+    tokens, size = [], max(1, GENERATION_BATCH // group_size)
+    for first in tqdm(range(0, len(questions), size), "sampling", leave=False, delay=5, disable=None):
+        prompts = [question.prompt for question in questions[first : first + size]]
+        tokens += sample_tokens(model, prompts, group_size, greedy)
+    asked = [question for question in questions for _ in range(group_size)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
+    responses = list(itertools.starmap(Response, zip(asked, tokens, texts, truncated, *judge(asked, texts))))
+    return [responses[first : first + group_size] for first in range(0, len(responses), group_size)]
 
 
 @torch.no_grad()
 def sample_tokens(model, prompts, group_size=1, greedy=False):
-    """B prompts of (P,) token ids → `group_size` responses to each, B·G of (T,), through their first end token.
+    """B prompts, (P,) token ids each → B·G responses, (T,) token ids each, through their first end token.
 
-    A prompt is read once, then its cache is copied for its group. Every DECODE_STAGE tokens the responses that have
-    ended leave the batch, and their part of the cache with them.
+    With each prompt repeated G times, one call would do the same, in 2.5 to 6 times the time:
+
+        model.generate(ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0,
+                       max_new_tokens=MAX_RESPONSE_LENGTH)
+
+    It reads each prompt G times, and keeps every row until the longest response has ended. So we read each prompt once,
+    copy its cache to the rows of its group, call generate for DECODE_STAGE tokens at a time, and drop ended rows (E):
+
+        ids   _ _ a b c         ids   _ _ a b c 5 6         ids   _ _ a b c 5 6         mask      0 0 1 1 1 1 1
+              p q r s t               p q r s t 7 E                                     position  0 0 0 1 2 3 4
+        two prompts             after one stage             before the next one         padding (_) does not count
     """
-    device, pad = model.device, model.generation_config.pad_token_id
-    ends = torch.tensor(model.generation_config.eos_token_id, device=device)
-    ids = pad_sequence(prompts, True, pad, "left").to(device)  # (B, P)
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(device)  # (B, P)
-    width = ids.shape[1]
-    with autocast(model):  # around all of it, so that the weights are cast once and not for each token
-        cache, before = NarrowCache(config=model.config), mask[:, :-1]
-        if width > 1:  # the last token is left to the loop
-            positions = before.cumsum(1).sub(1).clamp(min=0)
-            model.base_model(ids[:, :-1], attention_mask=before, position_ids=positions, past_key_values=cache)
-        cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(group_size))
-        ids, mask = (tensor.repeat_interleave(group_size, 0) for tensor in (ids, mask))
-        token, position, live = ids[:, -1:], mask.sum(1, keepdim=True) - 1, torch.arange(len(ids), device=device)
-        mask = torch.nn.functional.pad(mask, (0, MAX_RESPONSE_LENGTH), value=1)  # (B·G, P + MAX_RESPONSE_LENGTH)
-        tokens = torch.full((len(ids), MAX_RESPONSE_LENGTH), pad, device=device)
-        for step in range(MAX_RESPONSE_LENGTH):
-            past = dict(attention_mask=mask[:, : width + step], position_ids=position + step, past_key_values=cache)
-            logits = model(token, **past).logits[:, -1]  # (live, V)
-            probabilities = (logits.float() / TEMPERATURE).softmax(-1)
-            token = probabilities.argmax(-1, True) if greedy else torch.multinomial(probabilities, 1)
-            tokens[live, step] = token[:, 0]
-            if (step + 1) % DECODE_STAGE == 0:
-                rows = (~torch.isin(tokens[live, : step + 1], ends).any(1)).nonzero()[:, 0]  # not ended
-                if len(rows) == 0:
-                    break
-                token, position, live, mask = token[rows], position[rows], live[rows], mask[rows]
+    pad, ends = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    # top_k=0 because the default is 50, and we have to sample from the distribution that token_log_probs scores.
+    method = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
+    ids = pad_sequence(prompts, True, pad, "left").to(model.device)  # (B, P), so that all responses begin together
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(model.device)  # (B, P)
+    cache, width = empty_cache(model), ids.shape[1]
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # the prompt of each response
+    responses, live = [[] for _ in rows], list(range(len(rows)))  # live: the response in each row of ids, mask, cache
+    with autocast(model):
+        if width > 1:  # all but the last token: generate reads that one to sample the next
+            positions = mask.cumsum(1).sub(1).clamp(min=0)
+            model.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
+        for start in range(0, MAX_RESPONSE_LENGTH, DECODE_STAGE):
+            if len(rows) != len(ids):
+                ids, mask = ids[rows], mask[rows]
                 cache.reorder_cache(rows)
-    is_end = torch.isin(tokens, ends)
-    lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, MAX_RESPONSE_LENGTH).tolist()
-    return [row[:length] for row, length in zip(tokens.cpu(), lengths)]
+            stage = min(DECODE_STAGE, MAX_RESPONSE_LENGTH - start)
+            ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=stage, **method)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+            staying = []
+            for row, tokens in enumerate(ids[:, width + start :].tolist()):
+                end = next((place for place, token in enumerate(tokens) if token in ends), None)
+                responses[live[row]] += tokens if end is None else tokens[: end + 1]
+                staying += [row] if end is None else []
+            if not staying:
+                break
+            rows, live = torch.tensor(staying, device=model.device), [live[row] for row in staying]
+    return [torch.tensor(tokens) for tokens in responses]
 
 
-@record.halve_when_out_of_memory("GENERATION_BATCH")
-def sample_groups(model, tokenizer, questions, group_size, greedy=False):
-    """`group_size` judged responses to each question: a list of groups, each a list of Responses."""
-    asked, tokens = [question for question in questions for _ in range(group_size)], []
-    size = max(1, GENERATION_BATCH // group_size)
-    for first in record.progress(range(0, len(questions), size), "sampling"):
-        prompts = [question.prompt for question in questions[first : first + size]]
-        tokens += sample_tokens(model, prompts, group_size, greedy)
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
-    responses = list(map(reward_response, asked, tokens, texts, truncated, record.judge(REWARD, asked, texts)))
-    return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
+# ---- 2. Filter, 3. Shape, 4. Compare --------------------------------------------------------------------------------
 
 
-def reward_response(question, tokens, text, truncated, verdict):
-    """A Response with its reward: ±1 for the answer (eq. 7) and the soft overlong punishment (eq. 13)."""
-    penalty = overlong_penalty(len(tokens), MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR)
-    return Response(question, tokens, text, truncated, verdict["acc"], verdict["score"] + penalty, verdict.get("pred"))
+def filter_groups(groups):
+    """Dynamic sampling (eq. 11): the groups with 0 < right answers < G, and the even ones, which teach nothing.
+    Accuracy decides, not the shaped reward: the overlong penalty sets wrong answers apart, too, but teaches little."""
+    if not USE_DYNAMIC_SAMPLING:
+        return groups, []
+    even = [group for group in groups if len({response.accuracy for response in group}) == 1]
+    for group in groups:
+        group[0].question.rests = REST_EPOCHS if group in even else 0
+    return [group for group in groups if group not in even], even
 
 
-# ---- Dynamic sampling -----------------------------------------------------------------------------------------------
+def shape_rewards(groups):
+    """Adds the soft overlong punishment (eq. 13) to each reward. It falls over the last OVERLONG_BUFFER_LENGTH tokens:
 
-
-def collect_groups(model, tokenizer, stream):
-    """Groups with 0 < right answers < GROUP_SIZE, sampled until there are BATCH_SIZE of them (eq. 11).
-
-    Each round draws new questions, as many as are missing by the share of groups kept so far. Returns the groups to
-    train on, all groups sampled, and the number of rounds. Groups are fewer after MAX_GEN_BATCHES rounds or at the end
-    of the data; those over BATCH_SIZE are not saved for the next step, whose policy is another.
+    0 ___________
+                 \\____ -OVERLONG_PENALTY_FACTOR, at MAX_RESPONSE_LENGTH
     """
-    kept, sampled, again, rounds = [], [], [], 0
-    while len(kept) < BATCH_SIZE and rounds < MAX_GEN_BATCHES:
-        keep_rate = (len(kept) + 1) / (len(sampled) + 1)  # never 0
-        wanted = min(BATCH_SIZE, math.ceil((BATCH_SIZE - len(kept)) / keep_rate))
-        questions = again or list(itertools.islice(stream, wanted))
-        if not questions:
-            break
-        groups = sample_groups(model, tokenizer, questions, GROUP_SIZE)
-        sampled, rounds = sampled + groups, rounds + 1
-        if not USE_DYNAMIC_SAMPLING:
-            return groups, sampled, rounds
-        kept += [group for group in groups if not all_alike(group)]
-        for group in groups:
-            group[0].question.rests = REST_EPOCHS if all_alike(group) else 0
-        again = [group[0].question for group in groups if all_alike(group)] if RETRY_SAME_QUESTION else []
-    return kept[:BATCH_SIZE], sampled, rounds
+    limits = MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR
+    for response in itertools.chain(*groups):
+        response.reward += overlong_penalty(len(response.tokens), *limits)
 
 
-def all_alike(group):
-    """All right or all wrong, so that no response is an example to the others. Accuracy decides, not the shaped reward:
-    the overlong penalty makes a difference between wrong answers too, but not one worth learning."""
-    return len({response.accuracy for response in group}) == 1
-
-
-# ---- Advantage and loss ---------------------------------------------------------------------------------------------
+def compare_rewards(groups):
+    """Sets the advantage of each response."""
+    for group in groups:
+        advantages = group_advantages(torch.tensor([[response.reward for response in group]]))  # (1, G)
+        for response, advantage in zip(group, advantages[0].tolist()):
+            response.advantage = advantage
 
 
 def group_advantages(rewards):
-    """(n, G) rewards → (n, G): each compared with its group, (r - mean) / (std + 1e-6), std unbiased (eq. 9).
+    """(n, G) rewards → (n, G) advantages: (r - mean) / (std + 1e-6), with the group's mean and unbiased std (eq. 9).
 
-    A group of equal rewards, or of one, gives zeros.
+    With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros.
     """
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    even = (rewards == rewards[:, :1]).all(1, keepdim=True)  # rounding in the mean would be blown up by the tiny std
+    even = (rewards == rewards[:, :1]).all(1, keepdim=True)  # the tiny std would blow up rounding errors in the mean
     return advantages.masked_fill(even, 0.0)
 
 
-def probability_ratio(log_probs, old_log_probs):
-    """ρ = π(token) / π_old(token), (B, T) each, kept between e^-20 and e^20."""
-    return (log_probs - old_log_probs).clamp(-20, 20).exp()
+# ---- 5. Update ------------------------------------------------------------------------------------------------------
 
 
-def policy_loss(log_probs, old_log_probs, advantages):
-    """(B, T), (B, T), (B,) → (B, T): max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)), with clip-higher (eq. 10).
+def update_policy(model, base, optimizer, groups, step):
+    """Trains the model on the groups: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Returns the metrics."""
+    responses = [r for r in itertools.chain(*groups) if not (USE_OVERLONG_FILTERING and r.truncated)]
+    random.shuffle(responses)
+    count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer steps for fewer responses
+    mini_batches = [responses[first::count] for first in range(count)]
+    store_log_probs(model, responses, "old_log_probs")  # before the first optimizer step
+    if KL_COEF:
+        store_log_probs(base, responses, "base_log_probs")
+    learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
+    sums, skipped = Counter(), 0
+    for mini_batch in mini_batches * DAPO_EPOCHS:  # each step changes the policy, so ratios leave 1 after the first
+        losses, token_sums = accumulate_gradients(model, mini_batch)
+        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if losses["grad_norm"].isfinite():
+            optimizer.step()
+            sums.update({**losses, **token_sums}, updates=1)
+        else:
+            skipped += 1
+        optimizer.zero_grad()
+    tokens, updates = sums.pop("tokens", 0), sums.pop("updates", 0)
+    means = {name: float(sums[name]) / (tokens if name in token_sums else updates) for name in sums}
+    return means | {"learning_rate": learning_rate, "skipped_updates": skipped} if responses else {}
 
-    A token stops pushing once its probability has moved as far as the clip lets it in the direction its advantage
-    wants. If it has moved the other way, the maximum takes the unclipped term, and it is pulled back.
+
+def accumulate_gradients(model, mini_batch):
+    """Adds up the gradients of one mini-batch, one micro-batch at a time, each as large as fits into memory.
+
+    Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its own.
+    With a mean of micro-batch means, a token's weight would depend on which others are in its micro-batch. Returns the
+    losses, and sums over tokens of the other metrics.
     """
-    ratio, advantages = probability_ratio(log_probs, old_log_probs), advantages[:, None]
+    count = sum(len(response.tokens) for response in mini_batch)
+    denominator = count if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
+    losses, token_sums = Counter(), Counter(tokens=count)
+    for batch in micro_batches(mini_batch):
+        prompts, tokens = [response.question.prompt for response in batch], [response.tokens for response in batch]
+        log_probs, entropy, mask = token_log_probs(model, prompts, tokens)  # (B, T) each
+        old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
+        advantages = torch.tensor([response.advantage for response in batch], device=model.device)  # (B,)
+        terms = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages, mask), "entropy_loss": -entropy}
+        if KL_COEF:
+            terms["kl"] = kl_to_base(log_probs, pad_sequence([response.base_log_probs for response in batch], True))
+        terms = {name: aggregate_loss(term, mask, LOSS_AGG_MODE, denominator) for name, term in terms.items()}
+        loss = terms["policy_loss"] + KL_COEF * terms.get("kl", 0) + ENTROPY_COEF * terms["entropy_loss"]
+        loss.backward()
+        low, high = clipped_tokens(log_probs, old_log_probs, advantages, mask)
+        sums = {"entropy": entropy.detach() * mask, "clip_fraction/low": low, "clip_fraction/high": high}
+        losses.update({name: term.detach() for name, term in terms.items()})
+        token_sums.update({name: values.sum() for name, values in sums.items()})
+    return losses, token_sums
+
+
+def policy_loss(log_probs, old_log_probs, advantages, mask):
+    """(B, T), (B, T), (B,), (B, T) → (B, T): max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)), with clip-higher (eq. 10).
+
+    At ρ = 1 the loss is -A. Making a good token (A > 0) likelier lowers it until ρ = 1 + high, and making a bad token
+    less likely does until ρ = 1 - low; beyond, the loss is constant and has no gradient. But if a token has moved the
+    other way, the maximum is the unclipped term, and the token is pulled back.
+    """
+    ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
     clipped = ratio.clamp(1 - CLIP_RANGE_LOW, 1 + CLIP_RANGE_HIGH)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
-def clipped_tokens(log_probs, old_log_probs, advantages):
-    """The tokens without a gradient, as two (B, T) masks: held by the lower and by the upper end of the clip range."""
-    ratio, advantages = probability_ratio(log_probs, old_log_probs), advantages[:, None]
+def probability_ratio(log_probs, old_log_probs, mask):
+    """ρ = π(token) / π_old(token), (B, T) each; 1 at padding. The clamp keeps a single token from overflowing."""
+    return ((log_probs - old_log_probs) * mask).clamp(-20, 20).exp()
+
+
+def clipped_tokens(log_probs, old_log_probs, advantages, mask):
+    """Two (B, T) masks: the tokens that the lower end of the clip range holds back, and those of the upper end."""
+    ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
     return (advantages < 0) & (ratio < 1 - CLIP_RANGE_LOW), (advantages > 0) & (ratio > 1 + CLIP_RANGE_HIGH)
 
 
 def kl_to_base(log_probs, base_log_probs):
-    """(B, T), (B, T) → (B, T): r - 1 - log r with r = base / π, an estimate of KL(π || base) that is never negative."""
-    ratio = probability_ratio(base_log_probs, log_probs)
-    return ratio - 1 - ratio.log()
+    """(B, T), (B, T) → (B, T): r - 1 - log r, r = π_base / π: an estimate of KL(π ‖ π_base), never negative, called k3.
+    The tokens were sampled from π, which is why π is the denominator."""
+    log_ratio = (base_log_probs - log_probs).clamp(-20, 20)
+    return log_ratio.exp() - 1 - log_ratio
 
 
 def aggregate_loss(token_losses, mask, mode, denominator=None):
-    """(B, T) token losses and a (B, T) mask of 0 and 1 → one number.
+    """(B, T) token losses, and a (B, T) mask that is 1 at response tokens and 0 at padding → one number.
 
-    "token-mean" is the mean over all tokens, so that a long response counts by its length (eq. 12). The mean over
-    responses, of sums ("seq-mean-token-sum") or of means ("seq-mean-token-mean", GRPO), counts each of them once.
-    `denominator` is the number of tokens, or of responses that have any, in the whole optimizer step. Given it, the
-    losses of a mini-batch's parts add up to that of the whole, however it was cut.
+    "token-mean" is the mean over all tokens, so a long response counts by its length (eq. 12). The mean over responses
+    of their sums ("seq-mean-token-sum") or of their means ("seq-mean-token-mean", GRPO) counts each response once.
+    `denominator` is the number of tokens, or of responses, in the whole mini-batch of which this is a part.
     """
     token_losses, lengths = token_losses * mask, mask.sum(1)
     if mode == "token-mean":
         return token_losses.sum() / (denominator or lengths.sum())
-    losses = token_losses.sum(1)
-    if mode == "seq-mean-token-mean":
-        losses = losses / lengths.clamp(min=1)
+    losses = token_losses.sum(1) / (lengths.clamp(min=1) if mode == "seq-mean-token-mean" else 1)
     return losses.sum() / (denominator or lengths.count_nonzero())
 
 
-# ---- Scoring --------------------------------------------------------------------------------------------------------
-
-
-def token_log_probs(model, prompts, responses):
-    """B prompts and B responses, 1-D token ids → log_probs, entropy, mask, (B, T) each, of the policy at TEMPERATURE.
-
-    Padding is on the right, where a causal model's real tokens do not see it: no attention mask, no position ids.
-    Logits, (N, vocabulary) for N tokens in all responses, would be by far the largest tensor. They are made in chunks,
-    for response tokens only, and made again for the backward pass instead of kept.
-    """
-    lengths = [len(response) for response in responses]
-    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True)  # (B, P + T)
-    ids = ids.to(model.device, non_blocking=True)  # waiting for the device to be done would leave it idle afterwards
-    with autocast(model):
-        decoded = model.base_model(input_ids=ids, use_cache=False)
-    # The state at one position predicts the token at the next.
-    states = zip(decoded.last_hidden_state, [len(prompt) - 1 for prompt in prompts], lengths)
-    hidden = torch.cat([state[start : start + length] for state, start, length in states])  # (N, H)
-    targets = torch.cat(list(responses)).to(model.device, non_blocking=True)  # (N,)
-    size = max(1, LOGITS_CHUNK // model.config.vocab_size)
-    chunks = zip(hidden.split(size), targets.split(size))
-    options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is random in it
-    parts = [checkpoint(chunk_log_probs, model, decoded, *chunk, **options) for chunk in chunks]
-    log_probs, entropy = (pad_sequence(torch.cat(values).split(lengths), True) for values in zip(*parts))
-    return log_probs, entropy, pad_sequence([torch.ones(length, device=model.device) for length in lengths], True)
-
-
-def chunk_log_probs(model, decoded, hidden, targets):
-    """(N, H) hidden states, (N,) token ids → log-probabilities and full-vocabulary entropies, (N,) each.
-
-    The head is the model's own forward, its decoder replaced by one that hands on `hidden`. The last layer alone would
-    miss what some models do to their logits after it: Gemma 2 caps them, Granite scales them.
-    """
-    decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
-    try:
-        with autocast(model):
-            logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]  # (N, V)
-    finally:
-        del decoder.forward
-    log_probs = logits.float().div_(TEMPERATURE).log_softmax(-1)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), entropy
-
-
-def micro_batches(responses):
-    """Responses, sorted by length, in lists of at most MICRO_BATCH_TOKENS tokens. A list also ends where padding would
-    cost more than another pass, taken as 1/128 of a full one."""
-    batch, real = [], 0
-    for response in sorted(responses, key=total_length):
-        length = total_length(response)
-        padded = (len(batch) + 1) * length
-        if batch and (padded > MICRO_BATCH_TOKENS or padded - real - length > MICRO_BATCH_TOKENS // 128):
-            yield batch
-            batch, real = [], 0
-        batch.append(response)
-        real += length
-    if batch:
-        yield batch
-
-
-def total_length(response):
-    return len(response.question.prompt) + len(response.tokens)
-
-
-def batch_log_probs(model, batch):
-    return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
-
-
-@record.halve_when_out_of_memory("MICRO_BATCH_TOKENS")
 @torch.no_grad()
 def store_log_probs(model, responses, name):
     """Sets `name`, old_log_probs or base_log_probs, of each response."""
     for batch in micro_batches(responses):
-        for response, log_probs in zip(batch, batch_log_probs(model, batch)[0]):
+        rows, _, _ = token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
+        for response, log_probs in zip(batch, rows):
             setattr(response, name, log_probs[: len(response.tokens)])
 
 
-# ---- Update ---------------------------------------------------------------------------------------------------------
+def token_log_probs(model, prompts, responses):
+    """B prompts and B responses, token ids → log-probabilities, entropies, and mask, (B, T) each, at TEMPERATURE.
 
+    Padding is on the right here, where a causal model's real tokens do not see it: no attention mask, no position ids.
+    What the model computes at one position, its hidden state, predicts the token at the next:
 
-@record.halve_when_out_of_memory("MICRO_BATCH_TOKENS")
-def accumulate_gradients(model, mini_batch):
-    """Adds up the gradients of one optimizer step, micro-batch by micro-batch. Returns metrics as sums over tokens.
-
-    Each micro-batch is divided by the count of the whole mini-batch. In a mean of means, the weight of a token would
-    depend on the company it happened to be put in.
+        ids      a b c 5 6 E _ _        prompt a b c, response 5 6 E, padding
+        hidden       ^ ^ ^              predict 5, 6, and E
     """
-    model.zero_grad()  # of an attempt for which the memory did not suffice
-    tokens = sum(len(response.tokens) for response in mini_batch)
-    denominator = tokens if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
-    sums = Counter(tokens=tokens)
-    for batch in micro_batches(mini_batch):
-        log_probs, entropy, mask = batch_log_probs(model, batch)  # (B, T) each
-        for response, now in zip(batch, log_probs.detach()):
-            if response.old_log_probs is None:  # this very policy sampled it: its ratio is 1
-                response.old_log_probs = now[: len(response.tokens)]
-        old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
-        advantages = torch.tensor([r.advantage for r in batch]).to(model.device, non_blocking=True)  # (B,)
-        token_losses = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages), "entropy_loss": -entropy}
-        if KL_COEF:
-            token_losses["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in batch], True))
-        losses = {name: aggregate_loss(loss, mask, LOSS_AGG_MODE, denominator) for name, loss in token_losses.items()}
-        weights = {"policy_loss": 1.0, "entropy_loss": ENTROPY_COEF, "kl": KL_COEF}
-        sum(weights[name] * loss for name, loss in losses.items()).backward()
-        low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages)
-        per_token = {"entropy": entropy.detach(), "clip_fraction/low": low, "clip_fraction/high": high}
-        sums.update({name: loss.detach() * tokens for name, loss in losses.items()})
-        sums.update({name: (value * mask).sum() for name, value in per_token.items()})
-    return sums
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True).to(model.device)  # (B, P + T)
+    with autocast(model):
+        decoded = model.base_model(input_ids=ids, use_cache=False)
+    starts, lengths = [len(prompt) - 1 for prompt in prompts], [len(response) for response in responses]
+    rows = zip(decoded.last_hidden_state, starts, lengths)
+    hidden = torch.cat([row[start : start + length] for row, start, length in rows])  # (N, H)
+    targets = torch.cat(list(responses)).to(model.device)  # (N,)
+    log_probs, entropy = log_softmax_at(targets, model, decoded, hidden)  # (N,) each
+    return [pad_sequence(flat.split(lengths), True) for flat in (log_probs, entropy, torch.ones_like(entropy))]
 
 
-def update(model, base, optimizer, groups, step):
-    """Trains the model on groups of responses: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Returns the metrics."""
-    advantages = group_advantages(torch.tensor([[response.reward for response in group] for group in groups]))
-    responses = list(itertools.chain(*groups))
-    for response, advantage in zip(responses, advantages.flatten().tolist()):
-        response.advantage = advantage
-    if USE_OVERLONG_FILTERING:
-        responses = [response for response in responses if not response.truncated]
-    if not responses:
-        return {}
-    random.shuffle(responses)
-    count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer of them for fewer responses
-    mini_batches = [responses[i::count] for i in range(count)]
-    # Old log-probabilities are those from before the first optimizer step. The first mini-batch is still scored by that
-    # very policy in its own forward pass (accumulate_gradients), the others are scored here.
-    store_log_probs(model, list(itertools.chain(*mini_batches[1:])), "old_log_probs")
-    if KL_COEF:
-        store_log_probs(base, responses, "base_log_probs")
-
-    learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
-    sums, skipped = Counter(), 0
-    for mini_batch in mini_batches * DAPO_EPOCHS:
-        part = accumulate_gradients(model, mini_batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        if torch.stack([part["policy_loss"], grad_norm]).isfinite().all():
-            optimizer.step()
-            sums.update(part, grad_norm=grad_norm * part["tokens"])
-        else:
-            skipped += 1
-    optimizer.zero_grad()
-    means = {name: float(value) / sums["tokens"] for name, value in sums.items() if name != "tokens"}
-    return means | {"learning_rate": learning_rate, "skipped_updates": skipped}
+# =====================================================================================================================
+# The algorithm ends here, and so may you. The rest is what any training program needs: memory, model and data, the
+# record of a run, metrics, and the command line.
 
 
-# ---- The loop -------------------------------------------------------------------------------------------------------
+def micro_batches(responses):
+    """Yields lists of responses of similar length, each of at most MICRO_BATCH_TOKENS tokens, padding included. Padding
+    many short responses to the length of a long one would cost more than another pass."""
+    lengths, batch = {response: len(response.question.prompt) + len(response.tokens) for response in responses}, []
+    for response in sorted(responses, key=lengths.get):
+        length = lengths[response]
+        if batch and ((len(batch) + 1) * length > MICRO_BATCH_TOKENS or length > 1.5 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(response)
+    if batch:
+        yield batch
 
 
-def train():
-    """Trains MODEL on TRAIN_DATASETS; everything it leaves is in OUTPUT_DIR."""
-    set_seed(SEED)
-    tokenizer, progress = load_tokenizer(MODEL), record.Progress()
-    questions, held_out = load_questions(TRAIN_DATASETS, tokenizer), load_questions(EVAL_DATASETS, tokenizer)
-    checkpoint = record.find_checkpoint(globals(), questions)  # of a run that was broken off, or None
-    model = load_model(checkpoint or MODEL, tokenizer)
-    base = load_model(MODEL, tokenizer) if KL_COEF else None
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    stream = question_stream(questions, progress)
-    with record.open_run(globals(), checkpoint, model, tokenizer, optimizer, progress, questions) as run:
-        while progress.step != NUM_STEPS:
-            run.checkpoint()
-            if progress.step % EVAL_EVERY == 0:
-                run.write(evaluation.metrics(*evaluate(model, tokenizer, held_out)))
-            metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, progress)
-            if not sampled:  # NUM_EPOCHS are over
-                break
-            run.write(metrics, sampled)
-        run.checkpoint(last=True)
-        if NUM_STEPS or progress.step % EVAL_EVERY:  # else it was just done
-            run.write(evaluation.metrics(*evaluate(model, tokenizer, held_out)))
-        run.save_model(f"step_{progress.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
+def log_softmax_at(targets, model, decoded, hidden):
+    """(N,) token ids and (N, H) hidden states → log-probabilities of the tokens, and entropies, (N,) each.
 
-
-def train_step(model, base, tokenizer, optimizer, stream, progress):
-    """One step. Returns its metrics and all groups sampled in it, none where NUM_EPOCHS are over."""
-    start = time.perf_counter()
-    groups, sampled, rounds = collect_groups(model, tokenizer, stream)
-    if not sampled:
-        return {}, []
-    progress.step += 1
-    metrics = record.sampling_metrics(groups, sampled, rounds, time.perf_counter() - start)
-    changes = update(model, base, optimizer, groups, progress.step) if groups else {}
-    if not changes:
-        record.say(f"step {progress.step}: no update, there is nothing to learn from in {len(sampled)} groups")
-    seconds = time.perf_counter() - start
-    return metrics | changes | {"time/update": seconds - metrics["time/generate"], "time/step": seconds}, sampled
-
-
-# ---- Not the algorithm: model and data, evaluation, the command line; for the rest see record.py --------------------
-
-
-def load_tokenizer(path):
-    """The tokenizer of a model. A model that cannot be used is refused here, before its weights are read."""
-    config = record.from_pretrained(AutoConfig, path, trust_remote_code=TRUST_REMOTE_CODE).get_text_config()
-    positions, needed = getattr(config, "max_position_embeddings", None), MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
-    if positions and positions < needed:
-        record.fail(f"MODEL={path} has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}")
-    tokenizer = record.from_pretrained(AutoTokenizer, path, trust_remote_code=TRUST_REMOTE_CODE)
-    if tokenizer.eos_token_id is None:
-        record.fail(f"MODEL={path}: its tokenizer names no end token (eos_token), so that no response could end")
-    if not tokenizer("a")["input_ids"] or len(tokenizer) > config.vocab_size:
-        record.fail(f"MODEL={path}: its tokenizer has {len(tokenizer)} tokens, and the model {config.vocab_size}")
-    return tokenizer
-
-
-def load_model(path, tokenizer):
-    """The model from a folder or the Hub, with fp32 weights.
-
-    At a learning rate of 1e-6 most of AdamW's steps are too small to change a bf16 weight at all. So weights are fp32,
-    and only the arithmetic is bf16, on CUDA. Of a checkpoint's generation_config only the end tokens count here: its
-    top_k or repetition_penalty would make the distribution sampled another than the one scored. save_model keeps it.
+    Logits, (N, V), would be by far the largest tensor. They are computed in chunks, and again for the backward pass.
     """
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    options = dict(dtype=torch.float32, use_safetensors=True, trust_remote_code=TRUST_REMOTE_CODE)
-    model, report = record.from_pretrained(AutoModelForCausalLM, path, output_loading_info=True, **options)
-    if report["missing_keys"]:
-        record.fail(f"MODEL={path} has no weights for {', '.join(sorted(report['missing_keys']))}")
-    for name, weights in model.named_parameters():
-        if not weights.isfinite().all():
-            record.fail(f"MODEL={path} has weights that are not finite, in {name}")
+
+    def chunk(targets, hidden):
+        log_softmax = head_logits(model, decoded, hidden).float().div(TEMPERATURE).log_softmax(-1)
+        log_probs = log_softmax.gather(-1, targets[:, None])[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
+            return log_probs, -(log_softmax.exp() * log_softmax).sum(-1)
+
+    size = max(1, LOGITS_CHUNK // model.config.vocab_size)
+    parts = [recomputed(chunk, *part) for part in zip(targets.split(size), hidden.split(size))]
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def head_logits(model, decoded, hidden):
+    """(N, H) hidden states → (N, V) logits, by the model's own forward, its decoder made to return `hidden`. The output
+    layer alone would not do: Gemma 2 caps the logits after it, Granite and Cohere scale them."""
+    decoder = model.get_decoder()
+    decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
+    with autocast(model):
+        logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    del decoder.forward
+    return logits
+
+
+# Calls a function, and again in the backward pass, instead of keeping what that needs. Nothing here is random.
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+def autocast(model):
+    """Weights are fp32, since bf16 would lose AdamW's steps at a learning rate of 1e-6. On CUDA, arithmetic is bf16."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+
+
+def empty_cache(model):
+    """A key-value cache that keeps keys in the type of the values; under autocast, rotary embeddings make them fp32."""
+
+    class Cache(transformers.DynamicCache):  # a method set on the instance would refer back to it, and so keep it alive
+        def update(self, keys, values, *rest, **more):
+            return super().update(keys.to(values.dtype), values, *rest, **more)
+
+    return Cache(config=model.config)
+
+
+def set_seed(*words):
+    transformers.set_seed(random.Random(f"{SEED} {words}").getrandbits(32))
+
+
+# ---- Model and data -------------------------------------------------------------------------------------------------
+
+
+def load_model(path):
+    """The model in a folder or on the Hub, with fp32 weights, and its tokenizer."""
+    path, options = saved_model(path), {"trust_remote_code": TRUST_REMOTE_CODE}
+    transformers.logging.disable_progress_bar()
+    for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in a line
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    with explained(f"MODEL={path} is neither a model's folder nor its name on the Hub"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    size, positions = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None) or math.inf
+    needed = MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
+    finite = all(weights.isfinite().all() for weights in model.parameters())
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    layers = [layer for layer in model.modules() if isinstance(layer, kind)] if GRADIENT_CHECKPOINTING else []
+    for wrong, problem in (
+        (report["missing_keys"], f"has no weights for {', '.join(sorted(report['missing_keys']))}"),
+        (not finite, "has weights that are not finite"),
+        (tokenizer.eos_token_id is None, "has a tokenizer that names no end token (eos_token): no response could end"),
+        (not tokenizer("a")["input_ids"], "has a tokenizer without tokens"),
+        (len(tokenizer) > size, f"has {size} tokens, and its tokenizer {len(tokenizer)}"),
+        (needed > positions, f"has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}"),
+        (GRADIENT_CHECKPOINTING and not layers, "has no layers that are made for GRADIENT_CHECKPOINTING=True"),
+    ):
+        if wrong:
+            fail(f"MODEL={path} {problem}")
+    # Of its own generation_config only the end tokens count: its top_k or repetition_penalty would make the
+    # distribution that we sample another one than the one that we score. The saved model gets it back.
     own = model.own_generation_config = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
-    if GRADIENT_CHECKPOINTING:
-        recompute_layers(model)
-    # Never train(): with dropout, the policy scored would not be the one sampled.
-    return model.to(DEVICE or best).eval()
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    model._optimize_model_for_decode = contextlib.nullcontext  # it would gather the expert weights of every token
+    for layer in layers:  # transformers' own checkpointing needs train(), and turns the cache off
+        layer.forward = functools.partial(recomputed, layer.forward)
+    # Never train(): with dropout, the policy that we score would not be the one that we sample.
+    return model.to(DEVICE or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval(), tokenizer
 
 
-def recompute_layers(model):
-    """Gradient checkpointing: layers keep their input only, and are computed again in the backward pass.
-
-    transformers' own works in train() only, with dropout, and leaves sampling without its cache.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers:
-        record.fail(f"GRADIENT_CHECKPOINTING=True is not possible: {type(model).__name__} has no layers made for it")
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+def saved_model(path):
+    """The model that a run saved last if `path` is the folder of a run, else `path`."""
+    found = [*Path(path).glob("step_*[0-9]"), *Path(path).glob("epoch_*[0-9]")]  # an epoch_ ends a run
+    found.sort(key=lambda place: (place.name.startswith("epoch_"), int(place.name.rpartition("_")[2])))
+    return str(found[-1]) if found and Path(path, "run.db").exists() else path
 
 
-class NarrowCache(DynamicCache):
-    """Keeps keys and values in bf16 under autocast. The rotary embedding makes them fp32, which takes twice the memory,
-    and attention would cast all of them again at every token."""
+def question_stream(questions, run):
+    """Yields each question once per epoch, in an order that depends on SEED and the epoch, from where `run` stands."""
+    while NUM_STEPS or run.drawn < NUM_EPOCHS * len(questions):
+        epoch, drawn = divmod(run.drawn, len(questions))
+        for question in random.Random(f"{SEED} epoch {epoch}").sample(questions, len(questions))[drawn:]:
+            run.drawn += 1
+            if question.rests:
+                question.rests -= 1
+            else:
+                yield question
 
-    def update(self, keys, values, *args, **kwargs):
-        if torch.is_autocast_enabled(keys.device.type):
-            keys, values = keys.bfloat16(), values.bfloat16()
-        return super().update(keys, values, *args, **kwargs)
+
+def load_questions(sources, tokenizer):
+    """The questions of all data sets in `sources`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
+    questions = []
+    for source in sources:
+        for messages, answer in load_rows(source):
+            with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
+                prompt = torch.tensor(read_prompt(tokenizer, messages))
+            questions.append(Question(messages[-1]["content"], answer, source["path"], prompt))
+    short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
+    if len(short) < len(questions):
+        say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
+    return short or fail(f"MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH}: none of {len(questions)} questions is that short")
 
 
 def read_prompt(tokenizer, messages):
-    """Chat messages → token ids, as a list. Without a chat template only the last message is read."""
-    messages = record.with_template(messages, globals())
+    """Chat messages → token ids. Without a chat template, only the last message is read."""
+    text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
     if not tokenizer.chat_template:
-        return tokenizer(messages[-1]["content"])["input_ids"]
+        return tokenizer(text)["input_ids"]
+    messages = [*messages[:-1], messages[-1] | {"content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def load_questions(data, tokenizer):
-    """The questions of all data sets in `data`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
-    questions = []
-    for source in data:
-        for messages, answer in record.load_rows(source):
+TEMPLATES = {
+    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "answer": "{question}\nPlease reason step by step, and write your final answer in the last line, after 'Answer:'.",
+}
+
+
+def load_rows(source):
+    """[(chat messages, answer), ...] of a data set, an entry of TRAIN_DATASETS, without rows that lack either, and
+    without repeated questions: DAPO-Math-17k has each a hundred times."""
+    found, number, row = {}, 0, {}
+    with explained(f"{source} cannot be read; a data set has path, type (parquet, json, csv, hub), input, and output"):
+        for number, row in enumerate(read_rows(**source), 1):
+            question, answer = value_at(row, source["input"]), value_at(row, source["output"])
+            messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
+            last = messages[-1] if messages else {"role": "user", "content": None}
+            if last["role"] != "user" or {type(answer), type(last["content"])} & {list, dict} or None in row:
+                raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
+            if not is_blank(last["content"]) and not is_blank(answer):
+                last["content"] = str(last["content"])
+                found.setdefault(str(messages), (messages, str(answer)))
+    if not found:
+        fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
+    if len(found) < number:
+        say(f"{number - len(found)} of {number} rows of {source['path']} repeat a question or lack one, or an answer")
+    return list(found.values())
+
+
+def read_rows(path, type, input, output, split=None, name=None):
+    """Yields the rows of a data set as dictionaries, with values as the file has them; `split` selects some of them."""
+    if type == "hub" or split:
+        import datasets
+    if type == "hub":
+        yield from datasets.load_dataset(path, name, split=split or "train")
+        return
+    if split:
+        rows = list(read_rows(path, type, input, output))
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)}):
+            yield from rows[part.from_ : part.to]
+        return
+    for file in sorted(glob.glob(path)) or [path]:
+        if type == "parquet":
+            table, wanted = pyarrow.parquet.ParquetFile(file), (f"{input}.", f"{output}.")
+            names = [name for name in table.schema_arrow.names if any(path.startswith(f"{name}.") for path in wanted)]
+            for batch in table.iter_batches(columns=names if len(names) == 2 else None):  # all, so an error lists them
+                yield from batch.to_pylist()
+            continue
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            if type == "csv":
+                yield from csv.DictReader(lines, strict=True)
+                continue
+            text, parse = lines.read(), functools.partial(json.loads, parse_float=str)  # 2.50 stays 2.50
+            is_array = text.lstrip().startswith("[")
+            yield from parse(text) if is_array else map(parse, filter(str.strip, text.split("\n")))
+
+
+def value_at(row, name):
+    """row["a.b"], else row["a"]["b"]; None if this row has no such value."""
+    if name in row:
+        return row[name]
+    for part in name.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def is_blank(value):
+    return value is None or value != value or not str(value).strip()  # of all values, only NaN is not itself
+
+
+def judge(questions, texts):
+    """REWARD's verdict on each response, as three lists: accuracies, scores, and predictions.
+
+    REWARD returns {"score": number, "acc": number, "pred": text}, or a number, which then is the accuracy, too. As in
+    verl, it may take lists, by parameters with names in the plural, and return a list.
+    """
+    columns = {"data_source": [question.source for question in questions], "solution_str": texts}
+    columns["ground_truth"] = [question.answer for question in questions]
+    columns["extra_info"] = [{"question": question.text} for question in questions]
+    verdicts = []
+    try:
+        if "solution_strs" in inspect.signature(REWARD).parameters:
+            given = REWARD(**{f"{name}s": values for name, values in columns.items()})
+        else:
+            given = (REWARD(**dict(zip(columns, row))) for row in zip(*columns.values()))
+        for verdict in given:
+            verdict = verdict if isinstance(verdict, dict) else {"score": verdict}
+            numbers = verdict.get("acc", verdict["score"]), verdict["score"]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{verdict} is not finite")
+            verdicts.append((*map(float, numbers), verdict.get("pred")))
+        if len(verdicts) != len(texts):
+            raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses")
+    except Exception as error:
+        number = min(len(verdicts), len(texts) - 1)
+        about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"
+        fail(f"REWARD={text_of(REWARD)} failed at {about}: {described(error)}", RewardFault)
+    return map(list, zip(*verdicts))
+
+
+class RewardFault(SystemExit):
+    """The reward function has failed. The model is then still as it was after the last step."""
+
+
+# ---- The record of a run --------------------------------------------------------------------------------------------
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name));
+CREATE TABLE IF NOT EXISTS constants (step INTEGER, name TEXT, value TEXT, PRIMARY KEY (step, name));
+CREATE TABLE IF NOT EXISTS responses (step INTEGER, question TEXT, answer TEXT, response TEXT, accuracy REAL,
+    reward REAL, length INTEGER, truncated INTEGER, kept INTEGER);
+"""
+# What may change when a run is resumed: its folder, device, and length, what is saved and how often, and its memory.
+FREE = """OUTPUT_DIR RESUME DEVICE NUM_STEPS NUM_EPOCHS EVAL_EVERY SAVE_EVERY CHECKPOINT_EVERY GENERATION_BATCH
+MICRO_BATCH_TOKENS LOGITS_CHUNK GRADIENT_CHECKPOINTING""".split()
+ADVICE = "lower LEARNING_RATE, or look for what is not finite in MODEL, the data, or the reward"
+
+
+@contextlib.contextmanager
+def open_run(model, tokenizer, optimizer, questions):
+    """A Run in OUTPUT_DIR, begun, or resumed with the model, the optimizer, and the questions as they were."""
+    run = Run(model, tokenizer, optimizer, questions)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(run.folder.with_name(f".{run.folder.name}.lock"), timeout=0):
+        state = run.state_to_resume()
+        run.folder.mkdir(exist_ok=True)
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            for question, rests in zip(questions, state["rests"]):
+                question.rests = rests
+            say(f"resuming the run in {OUTPUT_DIR} after step {run.step}")
+        connection, progress = sqlite3.connect(run.folder / "run.db"), {"initial": run.step, "total": NUM_STEPS}
+        with contextlib.closing(connection) as run.db, tqdm(**progress, unit="step", disable=None) as run.bar:
+            # With a write-ahead log, others can read while the run writes. Emptied at once, it need not be copied.
+            run.db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 1; {TABLES}")
+            run.record_constants()
+            handlers = {number: signal.signal(number, run.stop) for number in (signal.SIGINT, signal.SIGTERM)}
             try:
-                ids = read_prompt(tokenizer, messages)
-            except Exception as error:  # a template may refuse a role, or be broken
-                record.fail(f"the chat template of MODEL={MODEL} refuses {messages} of {source['path']!r}: {error}")
-            questions.append(Question(messages[-1]["content"], answer, source["path"], torch.tensor(ids)))
-    short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
-    if not short:
-        record.fail(f"none of {len(questions)} questions is of at most MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH} tokens")
-    if len(short) < len(questions):
-        record.say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
-    return short
+                yield run
+            except RewardFault:
+                run.save_checkpoint()
+                raise
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
+
+
+class Run:
+    """The run in OUTPUT_DIR: run.db (its record), checkpoint.pt, training_metrics.png, and saved models.
+
+    An interrupted run is resumed if all its constants but the FREE ones are the same; any other run in the folder is
+    renamed. Ctrl-C or SIGTERM stops a run between two steps, and a second one at once.
+    """
+
+    def __init__(self, model, tokenizer, optimizer, questions):
+        self.model, self.tokenizer, self.optimizer, self.questions = model, tokenizer, optimizer, questions
+        self.folder, self.step, self.drawn = Path(OUTPUT_DIR).absolute(), 0, 0  # questions drawn from the stream
+        self.db, self.signal, self.start = None, None, time.time()
+        self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, or grpo.py
+        files = {Path(__file__), Path(inspect.getfile(overlong_penalty)), Path(inspect.getfile(REWARD)), self.script}
+        self.sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
+        asked = str([(question.prompt.tolist(), question.answer) for question in questions]).encode()
+        self.constants = {name: text_of(globals()[name]) for name in CONSTANTS}
+        self.constants |= {"the script": self.script.name, "the questions' checksum": str(zlib.crc32(asked))}
+
+    def state_to_resume(self):
+        """What the checkpoint in the folder holds; None if a new run is to begin. An earlier one is renamed then."""
+        path, now = self.folder / "checkpoint.pt", self.constants
+        reason = "it has no checkpoint" if RESUME else "RESUME is False"
+        if RESUME and path.exists():
+            with explained(f"{path} cannot be read; --RESUME=False renames that run and begins a new one"):
+                state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+                then, self.step, self.drawn = state["constants"], state["step"], state["drawn"]
+            changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
+            if not changed and not (state["finished"] and self.is_over()):
+                if self.step > NUM_STEPS if NUM_STEPS else self.drawn > NUM_EPOCHS * len(self.questions):
+                    fail(f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}: the run in OUTPUT_DIR={OUTPUT_DIR} is past "
+                         f"that, at step {self.step}")  # fmt: skip
+                return state
+            reason = "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed) or "it has finished"
+            self.step, self.drawn = 0, 0
+        for place in (MODEL, *(source["path"] for source in TRAIN_DATASETS + EVAL_DATASETS)):
+            if os.path.exists(place) and Path(place).resolve().is_relative_to(self.folder.resolve()):
+                fail(f"{place} lies in OUTPUT_DIR={OUTPUT_DIR}: give this run a folder of its own")
+        if path.exists() or (self.folder / "run.db").exists():
+            aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
+            self.folder.rename(aside)
+            say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
+                f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
+        return None
+
+    def record_constants(self):
+        """Records what is in force from this step on, if it is new: constants, versions, device, and source."""
+        sources, step = {f"source of {name}": text for name, text in self.sources.items()}, self.step
+        versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
+        now = self.constants | versions | {"device": str(self.model.device)} | sources
+        with self.db:
+            for table in ("metrics", "responses", "constants"):
+                self.db.execute(f"DELETE FROM {table} WHERE step > ?", [step])
+            then = dict(self.db.execute("SELECT name, value FROM constants ORDER BY step"))
+            new = [name for name in now if then.get(name) != now[name]]
+            rows = [(step, name, now[name]) for name in new]
+            self.db.executemany("INSERT OR REPLACE INTO constants VALUES (?, ?, ?)", rows)
+        for name in set(sources).intersection(new) if then else ():
+            say(f"the {name} was edited since the run's last start, which run.db records")
+
+    def stop(self, number, frame):
+        """What Ctrl-C and SIGTERM do."""
+        self.signal = number
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
+
+    def is_over(self):
+        if self.db and self.latest("groups/trained", 3) == [0, 0, 0]:
+            say("in 3 steps in a row, every group was all right or all wrong: nothing is left to learn from")
+            return True
+        return self.step >= NUM_STEPS if NUM_STEPS else self.drawn >= NUM_EPOCHS * len(self.questions)
+
+    def save_if_due(self, last=False):
+        """Called between two steps: saves what is due, and ends the program if a signal has asked for that."""
+        step = self.step
+        self.position = {"step": step, "drawn": self.drawn, "rests": [question.rests for question in self.questions]}
+        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+            fail(f"after step {step} there are weights that are not finite: {ADVICE}")
+        if last or self.signal or step % CHECKPOINT_EVERY == 0:
+            self.save_checkpoint()
+        if self.signal:
+            say("stopped; the same command resumes the run")
+            sys.exit(128 + self.signal)
+        if SAVE_EVERY and step and step % SAVE_EVERY == 0 and not last:
+            self.save_model(f"step_{step}")
+
+    def save_checkpoint(self, finished=False):
+        if not finished and any(self.latest("skipped_updates", 1)):  # the last checkpoint is from before the trouble
+            return
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "finished": finished}
+        with complete(self.folder / "checkpoint.pt") as unfinished:
+            torch.save(state | self.position | {"constants": self.constants}, unfinished)
+
+    def save_model(self, name):
+        """In Hugging Face form, and beside it what made it: python train_script.py constants.py makes it again."""
+        constants = "".join(f"{constant} = {self.constants[constant]}\n" for constant in CONSTANTS)
+        files = self.sources | {"train_script.py": self.sources[self.script.name], "constants.py": constants}
+        with complete(self.folder / name) as unfinished:
+            self.model.save_pretrained(unfinished)
+            self.tokenizer.save_pretrained(unfinished)
+            self.model.own_generation_config.to_json_file(unfinished / "generation_config.json")
+            for file, text in files.items():
+                (unfinished / file).write_text(text, encoding="utf-8")
+        say(f"the model is saved in {OUTPUT_DIR}/{name}")
+
+    def finish(self):
+        self.save_model(f"step_{self.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
+        self.save_checkpoint(finished=True)
+
+    def latest(self, name, count):
+        """The last `count` values of a metric."""
+        query = "SELECT value FROM metrics WHERE name = ? ORDER BY step DESC LIMIT ?"
+        return [value for (value,) in self.db.execute(query, [name, count])]
+
+    def record(self, metrics, groups=()):
+        """Records one step, or one evaluation, in run.db and on the screen."""
+        step, rows = self.step, []
+        for r in itertools.chain(*groups):
+            judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
+            rows.append((step, r.question.text, r.question.answer, r.text, *judged))
+        with self.db:  # all or nothing
+            measured = [(step, *item) for item in metrics.items()]
+            self.db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", measured)
+            self.db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if not groups or self.bar.disable and step % 5 == 0:  # without a terminal there is no bar
+            say(f"step {step}: {shown}  ({time.time() - self.start:.0f} s)")
+        if not groups:
+            draw_metrics(self.folder)
+        if groups and metrics["groups/trained"] < BATCH_SIZE:
+            say(f"step {step}: trains on {metrics['groups/trained']} groups instead of {BATCH_SIZE}")
+        if metrics.get("skipped_updates"):
+            say(f"step {step}: {metrics['skipped_updates']} updates were skipped, their gradients are not finite")
+            if [value > 0 for value in self.latest("skipped_updates", 3)] == [True] * 3:
+                fail(f"3 steps in a row had gradients that are not finite: {ADVICE}")
+
+
+@contextlib.contextmanager
+def complete(path):
+    """Gives another path to write a file or folder to, and renames it to `path` only when all of it is on the disk."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    remove(unfinished)
+    try:
+        yield unfinished
+        for place in [*unfinished.rglob("*"), unfinished] if os.name == "posix" else ():  # Windows opens no folders
+            file = os.open(place, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+        if path.is_dir():
+            remove(path)
+        unfinished.replace(path)
+    except Exception as error:  # torch, safetensors, and tokenizers each raise their own when a disk is full
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        remove(unfinished)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+# ---- Metrics and the picture ----------------------------------------------------------------------------------------
+
+SHOWN = "eval/accuracy accuracy reward/mean response_length/mean entropy".split()
+PANELS = """accuracy response_length reward groups dynamic_resample_rate truncated_fraction entropy entropy_loss
+policy_loss clip_fraction grad_norm time""".split()
+
+
+def sampling_metrics(sampled, kept, batch, rounds, seconds):
+    """What the policy did in one step, over all groups sampled, before any were dropped."""
+    responses = list(itertools.chain(*sampled))
+    lengths = [len(response.tokens) for response in responses]
+    right = [statistics.fmean(response.accuracy for response in group) for group in sampled]
+    differ = [any(response.advantage for response in group) for group in batch]
+    return {
+        "reward/mean": statistics.fmean(response.reward for response in responses),
+        "accuracy": statistics.fmean(right),
+        "response_length/mean": statistics.fmean(lengths),
+        "response_length/max": max(lengths),
+        "truncated_fraction": statistics.fmean(response.truncated for response in responses),
+        "groups/all_correct": right.count(1) / len(right),
+        "groups/all_wrong": right.count(0) / len(right),
+        "groups/trained": len(batch),
+        "groups/with_gradient": differ.count(True) / max(1, len(batch)),
+        "dynamic_resample_rate": 1 - len(kept) / len(sampled),
+        "generation_batches": rounds,
+        "time/generate": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+        "memory/peak_gib": peak_memory(),
+    }
+
+
+def peak_memory():
+    """In GiB: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def evaluate(model, tokenizer, questions):
-    """Groups of responses to held-out questions: a greedy one each, and EVAL_SAMPLES at TEMPERATURE if that is above 1.
-
-    Shows the answer to the longest question. Its random numbers are its own, so that evaluating does not change a run.
-    """
-    greedy, sampled = sample_groups(model, tokenizer, questions, 1, greedy=True), []
-    check_policy(model, min(greedy, key=lambda group: len(group[0].question.prompt))[0])
-    record.show(max(greedy, key=lambda group: len(group[0].question.prompt))[0])
+    """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
+    set_seed("evaluation")
+    greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
+    greedy.sort(key=lambda response: len(response.question.prompt))
+    metrics = {
+        "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
+        "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
+        "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
+        "sampling_gap": max(sampling_gap(model, greedy[0]), sampling_gap(model, greedy[-1])),
+    }
     if EVAL_SAMPLES > 1:
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            sampled = sample_groups(model, tokenizer, questions, EVAL_SAMPLES)
-    return greedy, sampled
+        sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
+        metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
+    verdict = "right" if greedy[-1].accuracy else "wrong"
+    say(f"  {shorten(greedy[-1].question.text)}\n    -> {shorten(greedy[-1].text)}  ({verdict})")
+    return metrics
 
 
 @torch.no_grad()
-def check_policy(model, response):
-    """Refuses a model that is sampled or scored wrong here, by a greedy response, best of all to a padded prompt.
-
-    In a plain forward pass its tokens have to be the likeliest, else the cache is at fault, and their log-probabilities
-    those of token_log_probs, else the head. Rounding in bf16 makes far less than half a nat, in the mean of 64 tokens.
-    """
+def sampling_gap(model, response):
+    """Nats per token by which a greedy response differs from a plain forward pass. In that, its tokens have to be the
+    likeliest, else the cache is at fault, and have the log-probabilities that token_log_probs gives, else the head. If
+    not, the model is refused. The shortest prompt is asked with the most padding, the longest without."""
     prompt, tokens = response.question.prompt, response.tokens[:64]
     with autocast(model):
         logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
-    plain = (logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE).log_softmax(-1)  # (T, V)
+    plain = logits[0, len(prompt) - 1 : -1].float().div(TEMPERATURE).log_softmax(-1)  # (T, V)
     chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
     scored = token_log_probs(model, [prompt], [tokens])[0][0]
-    gaps = torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()]).mean(1) * TEMPERATURE
-    if not (gaps < 0.5).all():
-        kind = type(model).__name__
-        record.fail(f"MODEL: {kind} cannot be trained here, for its cache or head works in another way than usual")
+    gaps = TEMPERATURE * torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()])  # (2, T)
+    fits = gaps.mean(1).max() < 0.5 if logits.dtype == torch.bfloat16 else gaps.max() < 0.05  # rounding makes far less
+    if not fits:
+        fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
+    return gaps.mean(1).max().item()
 
 
-def measure(paths, tokenizers):
-    """`eval`: evaluates one model after the other, and compares them."""
-    results = {}
-    for path, tokenizer in zip(paths, tokenizers):
-        record.say(f"{path}:")
-        questions = load_questions(EVAL_DATASETS, tokenizer)
-        results[path] = evaluate(load_model(path, tokenizer), tokenizer, questions)
-    print(evaluation.report(results))
+def draw_metrics(folder):
+    """Draws training_metrics.png from the run.db in a folder."""
+    from matplotlib.figure import Figure
+
+    curves = {}
+    with contextlib.closing(sqlite3.connect(Path(folder) / "run.db")) as db:
+        for name, step, value in db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY step"):
+            curves.setdefault(name, []).append((step, value))
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    for axes, panel in zip(figure.subplots(3, 4).flat, PANELS):
+        for name, points in curves.items():
+            if panel in (name, name.split("/")[0], name.removeprefix("eval/")):
+                axes.plot(*zip(*points), "o" if name.startswith("eval/") else "-", label=name)
+                axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    with complete(Path(folder) / "training_metrics.png") as unfinished:
+        figure.savefig(unfinished, format="png", dpi=80)
 
 
-def chat(path, tokenizer):
-    """`chat`: asks the model what is typed."""
-    model = load_model(path, tokenizer)
-    with autocast(model):
-        evaluation.chat(path, model, tokenizer, read_prompt, globals())
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+MAY_BE_ZERO = """SEED SAVE_EVERY REST_EPOCHS OVERLONG_BUFFER_LENGTH OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF
+WARMUP_STEPS WEIGHT_DECAY""".split()
+RULES = {  # what else has to hold
+    "TRAIN_DATASETS": "len(TRAIN_DATASETS) >= 1",
+    "EVAL_DATASETS": "len(EVAL_DATASETS) >= 1",
+    "NUM_STEPS": "NUM_STEPS is None or NUM_STEPS >= 1",
+    "GROUP_SIZE": "GROUP_SIZE >= 2",
+    "MINI_BATCHES": "MINI_BATCHES <= BATCH_SIZE * GROUP_SIZE",
+    "CLIP_RANGE_LOW": "CLIP_RANGE_LOW < 1",
+    "CLIP_RANGE_HIGH": "CLIP_RANGE_HIGH < 1",
+    "OVERLONG_BUFFER_LENGTH": "OVERLONG_BUFFER_LENGTH <= MAX_RESPONSE_LENGTH",
+    "LOSS_AGG_MODE": "LOSS_AGG_MODE in ('token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean')",
+    "PROMPT_TEMPLATE": "PROMPT_TEMPLATE in ('boxed', 'answer') or '{question}' in PROMPT_TEMPLATE",
+    "OUTPUT_DIR": "OUTPUT_DIR.strip() and not OUTPUT_DIR.startswith('~')",
+    "DEVICE": "DEVICE in ('', 'cpu', str(torch.accelerator.current_accelerator()))",
+}
 
 
 def main(argv=None):
-    """The command line, as `--help` describes it."""
-    with record.plain_endings():
-        command, folders = record.read_command_line(argv, globals())
-        if command == "train":
-            train()
-        elif command == "plot":
-            print(record.compare(folders) if len(folders) > 1 else record.draw(*(folders or [OUTPUT_DIR])))
-        else:
-            paths = [evaluation.saved_model(name) for name in folders or [MODEL]]
-            tokenizers = [load_tokenizer(path) for path in paths]  # of all, before the first takes its time
-            for path in paths:
-                evaluation.note_changes(path, globals())
-            measure(paths, tokenizers) if command == "eval" else chat(paths[0], tokenizers[0])
+    """python dapo.py [recipe.py] [--NAME=VALUE ...]"""
+    try:
+        for word in read_command_line(argv):
+            tool = {"eval": "evaluate", "chat": "chat", "plot": "plot"}.get(word)
+            fail(f"{word!r} is no recipe.py and no --NAME=VALUE" + f"; see python -m tools.{tool}" * (tool is not None))
+        train()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        sampling = "sample_tokens" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        name = "GENERATION_BATCH" if sampling else "MICRO_BATCH_TOKENS"
+        fail(f"out of memory: lower {name}, which is {globals()[name]}; the same command then resumes the run")
+    except Timeout:
+        fail(f"another process is training in OUTPUT_DIR={OUTPUT_DIR}, or nothing can be written there")
+    except (OSError, sqlite3.DatabaseError) as error:
+        fail(f"OUTPUT_DIR={OUTPUT_DIR} cannot be read or written: {error}")
+
+
+def read_command_line(argv=None):
+    """Sets constants, first from recipes and then from --NAME=VALUE, and checks them. Returns the other words."""
+    words, settings = sys.argv[1:] if argv is None else argv, {}
+    if {"-h", "--help"} & set(words):
+        constants = Path(__file__).read_text(encoding="utf-8").split("# ---- ")[1].partition("\nCONSTANTS")[0]
+        print(__doc__, constants, sep="\n")
+        sys.exit()
+    options = [word for word in words if word.startswith("-")]
+    recipes = [word for word in words if word.endswith(".py") and word not in options]
+    for recipe in recipes:
+        with explained(f"the recipe {recipe} cannot be run"):
+            settings |= {name: value for name, value in runpy.run_path(recipe).items() if name.isupper()}
+    for option in options:
+        name, _, text = option.lstrip("-").partition("=")
+        settings[name] = text
+        if not isinstance(CONSTANTS.get(name), str):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                settings[name] = ast.literal_eval(text)
+    for name, value in settings.items():
+        set_constant(name, value)
+    check_constants()
+    return [word for word in words if word not in options + recipes]
+
+
+def set_constant(name, value):
+    """Sets a constant of this file, if there is one of that name and the value is of its type."""
+    if name not in CONSTANTS:
+        close = difflib.get_close_matches(name.upper(), CONSTANTS, 1)
+        fail(f"there is no constant {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
+    if name == "REWARD" and isinstance(value, str):
+        path, _, function = value.rpartition(":")
+        with explained(f"REWARD={value} is not a file.py:function"):
+            value = runpy.run_path(path)[function]
+    kind = type(CONSTANTS[name])
+    value = float(value) if kind is float and type(value) is int else value
+    if not isinstance(value, kind) and (name, value) != ("NUM_STEPS", None) or type(value) is bool is not kind:
+        fail(f"{name}={value} does not fit: it has to be of type {kind.__name__}, such as {text_of(CONSTANTS[name])}")
+    globals()[name] = value
+
+
+def check_constants():
+    """Refuses values that no run can have."""
+    numbers = [name for name in CONSTANTS if type(globals()[name]) in (int, float)]
+    rules = [(name, f"0 {'<=' if name in MAY_BE_ZERO else '<'} {name} < math.inf") for name in numbers]
+    for name, rule in rules + list(RULES.items()):
+        if not eval(rule):
+            fail(f"{name}={globals()[name]} is out of range: it has to be so that {rule}")
+
+
+def text_of(value):
+    """A constant as Python text, which a recipe can set."""
+    return repr(f"{Path(inspect.getfile(value)).name}:{value.__qualname__}" if callable(value) else value)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Turns whatever a library or a user's file raises into one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {described(error)}")
+
+
+def described(error):
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {shorten(str(error), 400)} ({place.filename}, line {place.lineno})"
+
+
+def fail(message, kind=SystemExit):
+    """Ends the program for a reason that its user can mend: one line, exit status 2."""
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise kind(2)
+
+
+def say(message):
+    with contextlib.suppress(OSError, ValueError):  # whoever listened has gone
+        tqdm.write(message)
+
+
+def shorten(text, length=240):
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 4]} ..."
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""GRPO, the algorithm that DAPO set out from: dapo.py with each of its changes undone.
+"""GRPO, the algorithm that DAPO started from: dapo.py with each of its changes undone.
 
-    python grpo.py                                   trains into outputs/grpo; all that dapo.py takes, this takes too
-    python dapo.py plot outputs/grpo outputs/dapo    compares the two
+    python grpo.py                                    trains into outputs/grpo; takes all that dapo.py takes
+    python -m tools.plot outputs/grpo outputs/dapo    compares the two
 
 The paper is "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", arXiv 2402.03300. The
 sections below are those of the DAPO paper, which say why it changed what.

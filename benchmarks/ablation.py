@@ -3,15 +3,15 @@
     python benchmarks/ablation.py                                     all settings, 3 seeds each
     python benchmarks/ablation.py --seeds 5 --settings grpo.py dapo   some of them, 5 seeds
 
-The first six settings are the paper's: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in them all,
-for no line of that table is about it; grpo.py, which has it, is a setting of its own. Then DAPO as dapo.py has it,
-which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken out at a time.
-Last, DAPO with and without clip-higher where a batch is used for 64 updates instead of 16, which gives the clip more to
-do.
+The first six settings are the paper's: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in all of
+them, because no line of that table is about it; grpo.py, which has it, is a setting of its own. Then come DAPO as
+dapo.py has it, which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken
+out at a time. The last two are DAPO with and without clip-higher when a batch is used for 64 updates instead of 16,
+which gives the clip more to do.
 
-Each run is dapo.py in a process of its own, on one thread, as many at a time as there are cores. A run that is done is
-not done again, and one that was broken off goes on, so the script can be stopped and started at will. Everything is in
-outputs/ablation: a folder and a log for each run, the table in ablation.md and the picture in ablation.png.
+Each run is dapo.py in a process of its own, on one thread, as many at a time as there are cores. A finished run is not
+repeated and an interrupted one is resumed, so you can stop and start this script at will. Everything is in
+outputs/ablation: a folder and a log for each run, the table in ablation.md, and the picture in ablation.png.
 """
 
 import argparse
@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import record  # noqa: E402
+from tools import plot  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "ablation"
 STEPS, MIDDLE, LATE = 30, 20, 5  # of a run; where accuracy is also read off; the last so many make an "end" value
+LOOK_EVERY = 1  # seconds between looks at the runs
 RUN = {"NUM_STEPS": STEPS, "EVAL_EVERY": 2, "EVAL_SAMPLES": 4}
 
 IDEAS = {
@@ -80,15 +81,13 @@ def done(folder):
 
 
 def finished_runs(settings):
-    """{setting: the curves of each of its whole runs}, for the settings that have any."""
-    folders = {
-        name: [path for path in sorted(FOLDER.glob(folder_of(name, "*").name)) if done(path)] for name in settings
-    }
-    return {
-        name: [record.with_derived(record.read_metrics(path)) for path in paths]
-        for name, paths in folders.items()
-        if paths
-    }
+    """{setting: the curves of each of its finished runs}, for the settings that have any."""
+    runs = {}
+    for name in settings:
+        for path in sorted(FOLDER.glob(folder_of(name, "*").name)):
+            if done(path) and path.name.rpartition("seed")[2].isdigit():  # dapo.py has renamed others: ..._seed0_1
+                runs.setdefault(name, []).append(plot.with_derived(plot.read_metrics(path)))
+    return runs
 
 
 def start(script, constants, folder, seed):
@@ -110,7 +109,7 @@ def steps_done(folder):
 
 
 def train_all(settings, seeds, jobs):
-    """Runs what is not done yet, seed by seed, so that all settings have equally many while it goes on."""
+    """Runs what is not done yet, seed by seed, so that all settings have equally many runs along the way."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     runs = [(folder_of(name, seed), seed, *settings[name]) for seed in range(seeds) for name in settings]
     waiting, running = [run for run in runs if not done(run[0])], {}
@@ -120,12 +119,12 @@ def train_all(settings, seeds, jobs):
             while waiting and len(running) < jobs:
                 folder, seed, script, constants = waiting.pop(0)
                 running[folder] = start(script, constants, folder, seed)
-            time.sleep(1)
+            time.sleep(LOOK_EVERY)
             for folder, process in list(running.items()):
                 if process.poll() is not None:
                     del running[folder]
                     if process.returncode:
-                        record.fail(f"{folder.name} ended with exit status {process.returncode}: see {folder}.log")
+                        plot.fail(f"{folder.name} ended with exit status {process.returncode}: see {folder}.log")
                     tqdm.write(f"{time.strftime('%H:%M:%S')} done: {folder.name}, {len(waiting)} wait")
             bar.n = sum(STEPS if done(run[0]) else steps_done(run[0]) for run in runs)
             bar.set_postfix_str(f"{sum(done(run[0]) for run in runs)} of {len(runs)} runs")
@@ -197,7 +196,7 @@ def draw(runs):
     for part, names in zip(figure.subfigures(2, 1), rows):
         for axes, (title, metric) in zip(part.subplots(1, len(DRAWN)), DRAWN.items()):
             for name in names:
-                x, mean, lowest, highest = record.average(runs[name], metric, "step")
+                x, mean, lowest, highest = plot.average(runs[name], metric, "step")
                 (line,) = axes.plot(x, mean, linewidth=1.3, label=name)
                 axes.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.12)
             axes.set_title(title, fontsize="medium")
@@ -221,13 +220,14 @@ def main():
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings), metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too
-    with record.plain_endings():
+    try:
         train_all({name: settings[name] for name in options.settings}, options.seeds, options.jobs)
-        runs = finished_runs(settings)
-        text = table(runs)
-        draw(runs)
-        (FOLDER / "ablation.md").write_text(text, encoding="utf-8")
-        print(text)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    runs = finished_runs(settings)
+    draw(runs)
+    (FOLDER / "ablation.md").write_text(table(runs), encoding="utf-8")
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ The same work: toy/'s questions, 32 of them a step with 8 responses each of up t
 rewards and loss of DAPO, no dynamic sampling (which TRL has not), and a learning rate of 1e-12, so that both see the
 same policy all the time. Two policies are measured: the one in toy/, which mostly answers in 6 tokens but now and then
 rambles on until it is cut off, and the one that dapo.py makes of it in 30 steps, which works problems out. TRL samples
-with transformers' generate, and its gradient checkpointing, on by default, is off.
+with a plain call of transformers' generate, and its gradient checkpointing, on by default, is off.
 
 The floor is what is left if everything but the model is taken away: for each position a forward pass with as many
 responses as have not ended, and a forward and backward pass over the real tokens, packed without padding.
@@ -36,10 +36,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import dapo  # noqa: E402
-import record  # noqa: E402
+import dapo  # noqa: E402, I001  (first: pyarrow has to come before torch on Windows)
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
+from tools import plot  # noqa: E402
 
 SIZES = {"cpu": dict(BATCH_SIZE=32, MAX_RESPONSE_LENGTH=96), "cuda": dict(BATCH_SIZE=64, MAX_RESPONSE_LENGTH=512)}
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
@@ -73,7 +74,7 @@ def now():
 
 def split(step, sampling, scoring, rate):
     update = step - sampling - scoring
-    return dict(step=step, sampling=sampling, scoring=scoring, update=update, rate=rate, gib=record.peak_memory())
+    return dict(step=step, sampling=sampling, scoring=scoring, update=update, rate=rate, gib=dapo.peak_memory())
 
 
 def ours(model, out, settings, goal=None):
@@ -81,17 +82,18 @@ def ours(model, out, settings, goal=None):
     timed(dapo, "store_log_probs", "scoring")
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     every = 1 if goal else 10**9
-    dapo.main([f"--MODEL={model}", f"--OUTPUT_DIR={out}", f"--EVAL_EVERY={every}", *arguments])
-    curves = {name: dict(zip(*curve)) for name, curve in record.read_metrics(out).items()}
+    dapo.main([f"--MODEL={model}", f"--OUTPUT_DIR={out}", f"--EVAL_EVERY={every}", "--RESUME=False", *arguments])
+    curves = {name: dict(zip(*curve)) for name, curve in plot.read_metrics(out).items()}
+    sampling, updates = curves["time/generate"], curves["time/update"]
     if goal:
         reached = next((step for step, value in curves["eval/accuracy"].items() if value >= goal and step), None)
-        last = reached or max(curves["time/step"])
-        return {"steps": reached, "seconds": sum(s for step, s in curves["time/step"].items() if step <= last)}
-    step = statistics.median([curves["time/step"][n] for n in range(2, STEPS + 1)])
-    sampling = statistics.median([curves["time/generate"][n] for n in range(2, STEPS + 1)])
-    scoring = SECONDS["scoring"] / STEPS
-    rate = statistics.median([curves["tokens_per_second"][n] for n in range(2, STEPS + 1)])
-    return split(step, sampling, scoring, rate)
+        last = reached or max(sampling)
+        return {"steps": reached, "seconds": sum(sampling[n] + updates[n] for n in sampling if n <= last)}
+    tokens, counted = curves["response_length/mean"], range(2, STEPS + 1)
+    responses = dapo.BATCH_SIZE * dapo.GROUP_SIZE
+    step = statistics.median([sampling[n] + updates[n] for n in counted])
+    rate = statistics.median([tokens[n] * responses / sampling[n] for n in counted])
+    return split(step, statistics.median([sampling[n] for n in counted]), SECONDS["scoring"] / STEPS, rate)
 
 
 def trl(model, out, settings, goal=None):
@@ -102,10 +104,7 @@ def trl(model, out, settings, goal=None):
     cuda = torch.cuda.is_available()
 
     def score(completions, completion_ids, answer, **columns):
-        scores = [
-            v["score"]
-            for v in record.judge(dapo.REWARD, [dapo.Question("", truth, "", None) for truth in answer], completions)
-        ]
+        _, scores, _ = dapo.judge([dapo.Question("", truth, "", None) for truth in answer], completions)
         shape = dapo.MAX_RESPONSE_LENGTH, dapo.OVERLONG_BUFFER_LENGTH, dapo.OVERLONG_PENALTY_FACTOR
         SECONDS["tokens"] += sum(map(len, completion_ids))
         return [s + dapo.overlong_penalty(len(ids), *shape) for s, ids in zip(scores, completion_ids)]
@@ -120,8 +119,7 @@ def trl(model, out, settings, goal=None):
         top_p=1.0, top_k=0, seed=dapo.SEED, bf16=cuda, use_cpu=not cuda, gradient_checkpointing=False,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    tokenizer = dapo.load_tokenizer(model)
-    policy = dapo.load_model(model, tokenizer)
+    policy, tokenizer = dapo.load_model(model)
     questions, held_out = (dapo.load_questions(data, tokenizer) for data in (dapo.TRAIN_DATASETS, dapo.EVAL_DATASETS))
     rows = [{"prompt": tokenizer.decode(q.prompt), "answer": q.answer} for q in questions]  # TRL tokenizes them again
     assert all(tokenizer(row["prompt"])["input_ids"] == q.prompt.tolist() for row, q in zip(rows, questions))
@@ -162,8 +160,7 @@ def trl(model, out, settings, goal=None):
 def floor(model, out, settings):
     """Only the model, on the responses of one step."""
     vars(dapo).update(settings)
-    tokenizer = dapo.load_tokenizer(model)
-    policy = dapo.load_model(model, tokenizer)
+    policy, tokenizer = dapo.load_model(model)
     questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)[: dapo.BATCH_SIZE]
     torch.manual_seed(0)
     responses = dapo.sample_tokens(policy, [question.prompt for question in questions], dapo.GROUP_SIZE)
@@ -186,14 +183,15 @@ def decode(policy, questions, lengths):
     width = sum(len(question.prompt) for question in questions) // len(questions)
     with dapo.autocast(policy):
         ids = torch.ones(len(questions), width, dtype=torch.long, device=policy.device)
-        cache = policy.base_model(ids, use_cache=True).past_key_values
+        cache = dapo.empty_cache(policy)
+        policy.base_model(ids, cache=cache)
         cache.batch_repeat_interleave(dapo.GROUP_SIZE)
         token = torch.ones(len(lengths), 1, dtype=torch.long, device=policy.device)
         for step in range(max(lengths)):
             live = sum(length > step for length in lengths)
             if live < len(token):
                 cache.batch_select_indices(torch.arange(live, device=policy.device))
-            token = policy(token[:live], past_key_values=cache).logits.argmax(-1)
+            token = policy(token[:live], cache=cache).logits.argmax(-1)
 
 
 def learn(policy, optimizer, prompts, responses):
@@ -219,8 +217,7 @@ def learn(policy, optimizer, prompts, responses):
 def step(model, out, settings, length):
     """One step of dapo.py with responses that all have `length` tokens; the most GiB that its update takes."""
     vars(dapo).update(settings)
-    tokenizer = dapo.load_tokenizer(model)
-    policy = dapo.load_model(model, tokenizer)
+    policy, tokenizer = dapo.load_model(model)
     policy.generation_config.eos_token_id = [-1]
     dapo.MAX_RESPONSE_LENGTH = length
     questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)[: dapo.BATCH_SIZE]
@@ -232,7 +229,8 @@ def step(model, out, settings, length):
             response.reward = float(number % 2)
         sampled = now()
         forget_peak()
-        dapo.update(policy, None, optimizer, groups, 1)
+        dapo.compare_rewards(groups)
+        dapo.update_policy(policy, None, optimizer, groups, 1)
         seconds.append((sampled - start, now() - sampled))
     sampling, update = map(statistics.median, zip(*seconds))
     return {"sampling": sampling, "update": update, "step": sampling + update, "gib": peak_in_use() - before}
@@ -241,7 +239,7 @@ def step(model, out, settings, length):
 def score(model, out, settings):
     """The most GiB that scoring takes, forward and backward, apart from weights and their gradients."""
     vars(dapo).update(settings)
-    policy = dapo.load_model(model, dapo.load_tokenizer(model))
+    policy = dapo.load_model(model)[0]
     policy.get_input_embeddings().requires_grad_(False)
     tokens = [torch.arange(100, 356)] * 4
     dapo.token_log_probs(policy, tokens, [ids[:2] for ids in tokens])[0].sum().backward()

@@ -1,11 +1,12 @@
 """Qwen2.5-1.5B, a base model, on DAPO-Math-17k, for one GPU of 80 GB.
 
     python dapo.py recipes/dapo_math.py
+    python -m tools.evaluate recipes/dapo_math.py Qwen/Qwen2.5-1.5B outputs/dapo_math
 
-The data set has 1.79 million rows of 17 thousand questions: repeated ones are left out, and reading takes about a
-minute. Its prompts say already how to announce the answer. The 30 problems of AIME 2024 are there 32 times each; here
-EVAL_SAMPLES does the same. Not yet run with real weights or on a GPU. Memory, by python recipes/memory.py
-recipes/dapo_math.py:
+The data set has 1.79 million rows of 17 thousand questions: we leave out repeated ones, and reading takes about a
+minute. Its prompts already say how to announce the answer. Its test set has each of the 30 problems of AIME 2024 32
+times; EVAL_SAMPLES does the same here. Not yet run with real weights or on a GPU. Memory, by
+python -m tools.memory recipes/dapo_math.py:
 
     GiB                                 sampling  update
     weights, fp32                       5.8       5.8
@@ -17,7 +18,7 @@ recipes/dapo_math.py:
     logits                              0.4       0.8
     together                            56.8      31.1
 
-Without GRADIENT_CHECKPOINTING the layers alone would keep 51 GiB; the cache bounds GENERATION_BATCH.
+Without GRADIENT_CHECKPOINTING, the layers alone would keep 51 GiB. The cache is what limits GENERATION_BATCH.
 """
 
 MODEL = "Qwen/Qwen2.5-1.5B"

@@ -1,10 +1,10 @@
 """Qwen2.5-0.5B-Instruct on GSM8K, for one GPU of 24 GB.
 
     python dapo.py recipes/gsm8k.py
-    python dapo.py eval recipes/gsm8k.py Qwen/Qwen2.5-0.5B-Instruct outputs/gsm8k
-    python dapo.py chat recipes/gsm8k.py outputs/gsm8k
+    python -m tools.evaluate recipes/gsm8k.py Qwen/Qwen2.5-0.5B-Instruct outputs/gsm8k
+    python -m tools.chat recipes/gsm8k.py outputs/gsm8k
 
-Not yet run with real weights or on a GPU. Memory, by python recipes/memory.py recipes/gsm8k.py:
+Not yet run with real weights or on a GPU. Memory, by python -m tools.memory recipes/gsm8k.py:
 
     GiB                                 sampling  update
     weights, fp32                       1.8       1.8
@@ -16,7 +16,7 @@ Not yet run with real weights or on a GPU. Memory, by python recipes/memory.py r
     logits                              0.4       0.8
     together                            10.0      15.1
 
-What grows: the cache with GENERATION_BATCH, the layers with MICRO_BATCH_TOKENS, both with the lengths.
+The cache grows with GENERATION_BATCH, the layers with MICRO_BATCH_TOKENS, and both with the lengths.
 """
 
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"

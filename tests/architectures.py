@@ -1,6 +1,7 @@
 """Architectures as tiny models. How each differs from the others is made to bite: windows shorter than the prompts,
 dropout that would show, caps, scales, experts."""
 
+import pytest
 import transformers as T
 
 FEW = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -64,3 +65,7 @@ ARCHITECTURES = {
     "starcoder2": (T.Starcoder2Config, SIZES | dict(sliding_window=6, residual_dropout=0.3)),
 }
 REFUSED = {"mamba": (T.MambaConfig, dict(hidden_size=16, num_hidden_layers=2, state_size=4))}
+
+# Those that differ most are tested in each run, the others by pytest -m slow.
+TELLING = "qwen2", "cohere2", "falcon, alibi", "gemma2", "mistral", "mixtral", "opt", "qwen3_next"
+KINDS = [pytest.param(kind, marks=() if kind in TELLING else pytest.mark.slow) for kind in ARCHITECTURES]

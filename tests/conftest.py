@@ -1,20 +1,22 @@
+import contextlib
 import os
+import random
+import sqlite3
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = tempfile.TemporaryDirectory()  # of data sets, so that none from an earlier session is taken for one of these
-os.environ["HF_DATASETS_CACHE"] = CACHE.name
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name, "OMP_NUM_THREADS": "1"}
 
-import dapo  # noqa: E402  (first: datasets has to come before torch on Windows)
+import dapo  # noqa: E402, I001  (first: pyarrow has to come before torch on Windows)
+import pyarrow.parquet  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from architectures import ARCHITECTURES, REFUSED  # noqa: E402
-from transformers import AutoTokenizer, GenerationConfig  # noqa: E402
-from transformers import AutoModelForCausalLM as Auto  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 
 dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
@@ -38,7 +40,7 @@ def make_folder(tmp_path_factory, tokenizer):
         pad = tokenizer.pad_token_id if pad is None else pad
         ids = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=ends, pad_token_id=pad)
         config, sizes = (ARCHITECTURES | REFUSED)[kind]
-        model = Auto.from_config(config(**sizes, **ids))
+        model = AutoModelForCausalLM.from_config(config(**sizes, **ids))
         for parameter in model.parameters():  # far from uniform, so that a leak of top_k or temperature shows
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.6)
@@ -53,8 +55,7 @@ def make_folder(tmp_path_factory, tokenizer):
 
 def load(folder):
     """The model in a folder, and its tokenizer."""
-    tokenizer = dapo.load_tokenizer(folder)
-    return dapo.load_model(folder, tokenizer), tokenizer
+    return dapo.load_model(str(folder))
 
 
 @pytest.fixture
@@ -68,17 +69,75 @@ def set_constants(monkeypatch):
 
 @pytest.fixture
 def set_reward(monkeypatch):
-    """Puts a function in the place of the one that REWARD names."""
-    return lambda function: monkeypatch.setattr(dapo.record, "load_reward", lambda name: function)
+    """Puts another function in the place of REWARD."""
+    return lambda function: monkeypatch.setattr(dapo, "REWARD", function)
 
 
 @pytest.fixture
 def main(monkeypatch):
-    """dapo.main, after which every constant is what it was."""
-    for name, value in vars(dapo).copy().items():
-        if name.isupper():
-            monkeypatch.setattr(dapo, name, value)
-    return dapo.main
+    """dapo.main as `python dapo.py` calls it: no call sees what an earlier one has set. Afterwards all is as before."""
+    for name in dapo.CONSTANTS:
+        monkeypatch.setattr(dapo, name, getattr(dapo, name))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "dapo.py"), raising=False)
+    set_by_main = {}
+
+    def main(argv):
+        for name, (before, after) in set_by_main.items():
+            if getattr(dapo, name) is after:
+                setattr(dapo, name, before)
+        before = {name: getattr(dapo, name) for name in dapo.CONSTANTS}
+        try:
+            return dapo.main(argv)
+        finally:
+            set_by_main.update({name: (value, getattr(dapo, name)) for name, value in before.items()})
+
+    return main
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Ten questions, and two that are overlong, as a data set in parquet."""
+    rows = [{"question": f"Tom has {n} apples.", "answer": f"#### {n}"} for n in range(10, 20)]
+    rows += [{"question": f"Tom has {n} apples. " * 60, "answer": f"#### {n}"} for n in (8, 9)]
+    path = tmp_path_factory.mktemp("data") / "questions.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return {"path": str(path), "type": "parquet", "input": "question", "output": "answer"}
+
+
+@pytest.fixture
+def settings(questions, make_folder, tmp_path):
+    """The command line of a run of two tiny steps, in tmp_path/run."""
+    constants = dict(
+        MODEL=make_folder(), TRAIN_DATASETS=[questions], EVAL_DATASETS=[questions], OUTPUT_DIR=tmp_path / "run",
+        DEVICE="cpu", NUM_STEPS=2, EVAL_EVERY=2, BATCH_SIZE=3, GROUP_SIZE=2, MINI_BATCHES=2, MAX_GEN_BATCHES=2,
+        MAX_RESPONSE_LENGTH=8, OVERLONG_BUFFER_LENGTH=4,
+    )  # fmt: skip
+    return [f"--{name}={value}" for name, value in constants.items()]
+
+
+@pytest.fixture
+def chance(set_reward):
+    """A reward by chance, so that a random model has something to learn from."""
+    coin = random.Random(0)
+    set_reward(lambda solution_str, **others: float(coin.random() < 0.5))
+
+
+@pytest.fixture
+def parity(set_reward):
+    """A reward that depends on the response alone: its length has to be odd."""
+    set_reward(lambda solution_str, **others: float(len(solution_str) % 2))
+
+
+def rows(folder, query):
+    """What run.db in a folder answers to a query."""
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
+        return db.execute(query).fetchall()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than a tiny run."""
+    monkeypatch.setattr(dapo, "draw_metrics", lambda folder: None)
 
 
 def question(text="q", answer="1", length=5):

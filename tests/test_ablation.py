@@ -19,14 +19,15 @@ SETTINGS = {name: constants for name, (script, constants) in ablation.all_settin
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(ablation, "FOLDER", tmp_path)
+    monkeypatch.setattr(ablation, "LOOK_EVERY", 0.02)
     return tmp_path
 
 
 def test_the_first_is_grpo_and_dapo_is_dapo(main):
     assert SETTINGS["dapo"] == {name: getattr(dapo, name) for name in SETTINGS["dapo"]}
-    before = {name: value for name, value in vars(dapo).items() if name.isupper()}
     runpy.run_path(str(ROOT / "grpo.py"))  # `main` sets dapo's constants back
-    changed = {name for name in before if getattr(dapo, name) != before[name]} - {"OUTPUT_DIR", "KL_COEF"}
+    changed = {name for name in dapo.CONSTANTS if getattr(dapo, name) != dapo.CONSTANTS[name]}
+    changed -= {"OUTPUT_DIR", "KL_COEF", "DEVICE"}  # conftest.py sets DEVICE
     assert changed < set(SETTINGS["naive GRPO"])
     assert all(getattr(dapo, name) == value for name, value in SETTINGS["naive GRPO"].items() if name != "KL_COEF")
 
@@ -55,9 +56,8 @@ def make_run(setting, seed, shift=0.0):
         rows = [(n, "eval/accuracy", min(1, n / 20)) for n in range(0, 31, 2)]
         rows += [(n, "eval/avg@4", n / 30 + shift) for n in range(0, 31, 2)]
         for n in range(1, 31):
-            # half of the groups sampled are even, and a quarter of them is dropped: 0.5 / 0.75 of the rest are not
-            step = {"time/step": 2, "entropy": n, "truncated_fraction": n / 100, "dynamic_resample_rate": 0.25}
-            step |= {"groups/all_correct": 0.4, "groups/all_wrong": 0.1}
+            step = {"time/generate": 1.5, "time/update": 0.5, "entropy": n, "truncated_fraction": n / 100}
+            step |= {"groups/with_gradient": 2 / 3}
             rows += [(n, *item) for item in step.items()]
         db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", rows)
     db.close()
@@ -84,7 +84,8 @@ def test_table_and_picture(folder):
     for seed, shift in enumerate([0.0, 0.01, 0.02]):
         make_run("naive GRPO", seed, shift)
     make_run("dapo", 0)
-    (folder / "dapo_seed1").mkdir()  # broken off: it does not count
+    (folder / "dapo_seed1").mkdir()  # interrupted: it does not count
+    (folder / f"dapo_seed0_1/step_{ablation.STEPS}").mkdir(parents=True)  # renamed by dapo.py: nor does this
     runs = ablation.finished_runs(ablation.all_settings())
     head, _, naive, full = ablation.table(runs).splitlines()
     columns = head.strip("| ").split(" | ")

@@ -4,76 +4,61 @@ import json
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, REFUSED
+from architectures import ARCHITECTURES, KINDS, REFUSED
 from conftest import load, response
-from transformers import AutoTokenizer, OPTForCausalLM
+from transformers import AutoTokenizer, OPTForCausalLM, modeling_layers
 from transformers.pytorch_utils import Conv1D
 
 import dapo
 
+pytestmark = pytest.mark.usefixtures("no_pictures", "parity")
+
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
-    """A run of one step on eight questions, each response right by chance, without pictures, which take longest."""
-    monkeypatch.setattr(dapo.record, "draw", lambda folder: None)
+def settings(tmp_path):
+    """A run of one step on eight questions, each response right by chance."""
     rows = [{"question": f"Tom has {n} apples. " + "Tom buys 1. " * (n % 3), "answer": str(n)} for n in range(10, 18)]
     (tmp_path / "q.json").write_text("\n".join(map(json.dumps, rows)))
     source = [{"path": str(tmp_path / "q.json"), "type": "json", "input": "question", "output": "answer"}]
     constants = dict(
-        TRAIN_DATASETS=source,
-        EVAL_DATASETS=source,
-        OUTPUT_DIR=str(tmp_path / "run"),
-        DEVICE="cpu",
-        NUM_STEPS=1,
-        BATCH_SIZE=4,
-        GROUP_SIZE=4,
-        MINI_BATCHES=2,
-        MAX_RESPONSE_LENGTH=10,
-        OVERLONG_BUFFER_LENGTH=4,
+        TRAIN_DATASETS=source, EVAL_DATASETS=source, OUTPUT_DIR=str(tmp_path / "run"), DEVICE="cpu", NUM_STEPS=1,
+        BATCH_SIZE=4, GROUP_SIZE=4, MINI_BATCHES=2, MAX_RESPONSE_LENGTH=10, OVERLONG_BUFFER_LENGTH=4,
         LEARNING_RATE=0.01,
-    )
+    )  # fmt: skip
     return [f"--{name}={value}" for name, value in constants.items()]
 
 
-@pytest.fixture(autouse=True)
-def parity(set_reward):
-    def score(solution_str, **others):
-        right = len(solution_str) % 2
-        return {"score": 2.0 * right - 1, "acc": right, "pred": solution_str}
-
-    set_reward(score)
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_trains_and_the_saved_folder_reloads(kind, main, settings, make_folder, tmp_path, capsys):
     folder = make_folder(kind)
     main([f"--MODEL={folder}", *settings])
-    before, after = load(folder)[0], load(tmp_path / "run/step_1")[0]
+    before, after = load(folder)[0], load(tmp_path / "run")[0]
+    assert after.name_or_path == str(tmp_path / "run/step_1")  # the folder of a run stands for the model it saved last
     moved = [
         name for (name, old), new in zip(before.named_parameters(), after.parameters()) if not torch.equal(old, new)
     ]
     still = {name for name, _ in before.named_parameters()} - set(moved)
     # an expert that no token went to, and positions that none of these short texts has
     assert moved and all("expert" in name or "embed_positions" in name for name in still), still
-    assert capsys.readouterr().out.count("held-out accuracy") == 2
-    main(["eval", str(tmp_path / "run"), *settings])
-    assert str(tmp_path / "run/step_1") in capsys.readouterr().out
+    assert capsys.readouterr().out.count("eval/accuracy") == 2
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_neither_gradients_nor_sampling(kind, make_folder, set_constants):
     set_constants(MAX_RESPONSE_LENGTH=12, DECODE_STAGE=5)
     prompts = [torch.arange(20, 20 + length) for length in (4, 9)]
-    found = []
+    folder, found = make_folder(kind), []
     for on in (False, True):
         set_constants(GRADIENT_CHECKPOINTING=on)
-        model, _ = load(make_folder(kind))
-        layer, shapes = next(m for m in model.modules() if isinstance(m, dapo.GradientCheckpointingLayer)), []
-        part = next(m for m in layer.modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
-        part.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+        model, _ = load(folder)
         batch = [response(1.0, tokens=(30, 31, 32)), response(0.0, tokens=(33, 34))]
         for one, advantage in zip(batch, (1.0, -0.5)):
             one.advantage = advantage
+        dapo.store_log_probs(model, batch, "old_log_probs")
+        kind_of_layer, shapes = modeling_layers.GradientCheckpointingLayer, []
+        layer = next(module for module in model.modules() if isinstance(module, kind_of_layer))
+        part = next(module for module in layer.modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+        part.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
         dapo.accumulate_gradients(model, batch)
         gradients, calls = [parameter.grad for parameter in model.parameters()], len(shapes)
         torch.manual_seed(0)
@@ -88,10 +73,13 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_sampling(kind, mak
 
 
 def test_a_model_without_such_layers_cannot_be_checkpointed(make_folder, set_constants, monkeypatch, capsys):
-    set_constants(GRADIENT_CHECKPOINTING=True, GradientCheckpointingLayer=type(None))
+    set_constants(GRADIENT_CHECKPOINTING=True)
+    folder = make_folder()
+    monkeypatch.setattr(modeling_layers, "GradientCheckpointingLayer", type(None))
     with pytest.raises(SystemExit):
-        load(make_folder())
-    assert "GRADIENT_CHECKPOINTING=True is not possible: Qwen2ForCausalLM" in capsys.readouterr().err
+        load(folder)
+    error = capsys.readouterr().err
+    assert f"MODEL={folder}" in error and "GRADIENT_CHECKPOINTING=True" in error and error.count("\n") == 1
 
 
 def test_heads_tied_to_the_embedding_and_heads_of_their_own(make_folder):
@@ -101,10 +89,12 @@ def test_heads_tied_to_the_embedding_and_heads_of_their_own(make_folder):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_sampled_right_is_refused(kind, main, settings, make_folder, tmp_path, capsys):
+    folder = make_folder(kind)
     with pytest.raises(SystemExit) as end:
-        main([f"--MODEL={make_folder(kind)}", *settings])
-    assert end.value.code == 2
-    assert "cannot be trained here" in capsys.readouterr().err
+        main([f"--MODEL={folder}", *settings])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert f"MODEL={folder}" in error and "cache" in error
     assert not (tmp_path / "run/step_1").exists()
 
 
@@ -115,6 +105,25 @@ def test_a_head_that_goes_past_the_replaced_decoder_is_refused(main, settings, m
     with pytest.raises(SystemExit):
         main([f"--MODEL={folder}", *settings])
     assert "OPTForCausalLM cannot be trained here" in capsys.readouterr().err
+
+
+def test_a_cache_that_forgets_is_refused(main, settings, make_folder, monkeypatch, capsys):
+    """Each token is then sampled as if the prompt ended with it."""
+    folder, real = make_folder(), dapo.empty_cache
+
+    def forgetful(model):
+        cache = real(model)
+        update = cache.update
+        cache.update = lambda keys, values, *rest, **more: tuple(
+            part * (torch.arange(part.shape[2]) >= part.shape[2] - 1)[:, None]
+            for part in update(keys, values, *rest, **more)
+        )
+        return cache
+
+    monkeypatch.setattr(dapo, "empty_cache", forgetful)
+    with pytest.raises(SystemExit):
+        main([f"--MODEL={folder}", *settings])
+    assert "Qwen2ForCausalLM cannot be trained here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["pad_token", "chat_template"])

@@ -1,30 +1,33 @@
-"""The measures of an evaluation by hand, the report that compares two models, and `chat`."""
+"""tools.evaluate: measures by hand, the report that compares two models, what it refuses; and tools.chat."""
 
 import contextlib
 import io
 import itertools
+import json
+import os
 import sqlite3
 import statistics
 
 import pytest
 import torch
 from conftest import load, question, response
+from transformers import OPTForCausalLM
 
 import dapo
-import evaluation
 import reward
+from tools import chat, evaluate
 
 
 @pytest.mark.parametrize("values", [[0, 0, 0, 1], [1, 0, 1, 1, 0], [1, 1], [0], [0.5, -1.0, 0.25, 2.0, 0.0]])
 def test_pass_at_k_is_the_mean_over_all_choices(values):
     for j in range(1, len(values) + 1):
         choices = [max(choice) for choice in itertools.combinations(values, j)]
-        assert evaluation.best_of(values, j) == pytest.approx(statistics.fmean(choices))
+        assert evaluate.best_of(values, j) == pytest.approx(statistics.fmean(choices))
 
 
 def test_pass_at_k_by_hand():
-    assert evaluation.best_of([1, 0, 0, 0], 2) == pytest.approx(0.5)  # 3 of the 6 pairs have it
-    assert evaluation.best_of([1, 0, 0, 1, 0], 3) == pytest.approx(1 - 1 / 10)  # all triples but one
+    assert evaluate.best_of([1, 0, 0, 0], 2) == pytest.approx(0.5)  # 3 of the 6 pairs have it
+    assert evaluate.best_of([1, 0, 0, 1, 0], 3) == pytest.approx(1 - 1 / 10)  # all triples but one
 
 
 def group(answers, truth="34", asked=None):
@@ -49,7 +52,7 @@ def group(answers, truth="34", asked=None):
     ],
 )
 def test_majority_by_hand(answers, expected):
-    assert evaluation.majority(group(answers)) == pytest.approx(expected)
+    assert evaluate.majority(group(answers)) == pytest.approx(expected)
 
 
 def test_measures_by_hand():
@@ -58,7 +61,7 @@ def test_measures_by_hand():
     greedy = [[response(0.0, asked=asked[0], tokens=[1])], [response(1.0, asked=asked[1], tokens=[1, 2, 3])]]
     sampled = [group(["34", "1", "1", "2"], asked=asked[0]), group(["34", "34", "34", "2"], asked=asked[1])]
     sampled[0][3].truncated = True
-    assert evaluation.measures(greedy, sampled) == {
+    assert evaluate.measures(greedy, sampled) == {
         "accuracy": [0.0, 1.0],
         "response_length": [1.0, 3.0],
         "truncated_fraction": [0.0, 0.0],
@@ -69,22 +72,27 @@ def test_measures_by_hand():
         "response_length@4": [3.0, 3.0],
         "truncated_fraction@4": [0.25, 0.0],
     }
-    assert evaluation.metrics(greedy, sampled)["eval/avg@4"] == 0.5
-    assert list(evaluation.measures(greedy, [])) == ["accuracy", "response_length", "truncated_fraction"]
+    assert list(evaluate.measures(greedy, [])) == ["accuracy", "response_length", "truncated_fraction"]
 
 
 def test_answers_of_a_reward_of_ones_own_may_be_numbers_or_none(set_reward):
     verdicts = [{"score": 1.0, "pred": 34}, {"score": 0.0, "pred": 0}, {"score": 0.0, "pred": None}, {"score": 0.0}]
     set_reward(lambda solution_str, **others: verdicts[int(solution_str)])
     asked = [question()] * 4
-    found = [verdict.get("pred") for verdict in dapo.record.judge("", asked, ["0", "1", "2", "3"])]
-    assert found == ["34", "0", "", None]
+    accuracies, _, found = dapo.judge(asked, ["0", "1", "2", "3"])
+    assert found == [34, 0, None, None]
+    votes = [response(accuracy, prediction=answer) for accuracy, answer in zip(accuracies, found)]
+    assert evaluate.majority(votes) == 0.5 and evaluate.majority(votes[1:]) == 0.0
+    assert "0" in evaluate.report({"model": ([votes[1:2]], [])}).splitlines()[-1].split()
 
 
 def test_without_answers_there_is_no_majority():
     """A reward function of one's own need not tell what it took for the answer."""
-    found = evaluation.measures([[response()]], [[response(), response()]])
+    without = [[response()]], [[response(), response()]]
+    found = evaluate.measures(*without)
     assert "avg@2" in found and "maj@2" not in found
+    rows = rows_of(evaluate.report({"other": ([[response()]], [group(["1", "2"], "1")]), "model": without}))
+    assert "avg@2" in rows and "maj@2" not in rows
 
 
 def test_avg_at_k_over_seeds_is_the_sampled_accuracy(make_folder, tokenizer, set_constants, set_reward):
@@ -103,14 +111,14 @@ def test_avg_at_k_over_seeds_is_the_sampled_accuracy(make_folder, tokenizer, set
     means = []
     for seed in range(30):
         set_constants(SEED=seed)
-        means.append(evaluation.metrics(*dapo.evaluate(model, tokenizer, questions))["eval/avg@8"])
+        means.append(dapo.evaluate(model, tokenizer, questions)["eval/avg@8"])
     error = statistics.stdev(means) / len(means) ** 0.5
     assert 0.2 < statistics.fmean(exact) < 0.8 and 0 < error < 0.02
     assert abs(statistics.fmean(means) - statistics.fmean(exact)) < 3.5 * error
 
 
 def evaluated(shares, source="data"):
-    """dapo.evaluate's groups of one sample in ten each, a question for each share of right ones."""
+    """evaluate.sample's groups, ten samples each, a question for each share of right ones."""
     asked = [dapo.Question(text, "34", source, torch.tensor([1])) for text in shares]
     right = [round(10 * share) for share in shares.values()]
     greedy = [[response(float(n > 5), asked=q, prediction="34")] for q, n in zip(asked, right)]
@@ -124,7 +132,7 @@ def rows_of(text):
 def test_two_models_side_by_side():
     base = evaluated({"one": 0.1, "two": 0.5, "three": 0.9, "only here": 1.0})
     trained = evaluated({"three": 0.8, "two": 1.0, "one": 0.3})  # in another order, and one was too long for it
-    text = evaluation.report({"base": base, "trained": trained})
+    text = evaluate.report({"base": base, "trained": trained})
     assert "data: 3 questions" in text and "only here" not in text
     # changes of 0.2, 0.5 and -0.1: mean 0.2, standard deviation 0.3, and 0.3 / 3 ** 0.5 = 0.173
     assert rows_of(text)["avg@10"] == "avg@10 0.500 0.700 +0.200 ± 0.173".split()
@@ -136,7 +144,7 @@ def test_two_models_side_by_side():
 
 def test_one_model_and_several_data_sets():
     easy, hard = evaluated({"a": 1.0}, "easy"), evaluated({"a": 0.0, "b": 0.4}, "hard")
-    text = evaluation.report({"model": tuple(one + other for one, other in zip(easy, hard))})
+    text = evaluate.report({"model": tuple(one + other for one, other in zip(easy, hard))})
     first, second = text.split("hard: 2 questions")
     assert "easy: 1 questions" in first and "all of these responses are right" in first
     assert rows_of(second)["avg@10"] == ["avg@10", "0.200"] and "change" not in text
@@ -145,18 +153,18 @@ def test_one_model_and_several_data_sets():
 def test_questions_of_the_same_text_are_not_one_question():
     """They may differ in their system message, or stand in two parts of a data set."""
     first, second = evaluated({"a": 1.0, "b": 0.5}), evaluated({"a": 0.0})
-    text = evaluation.report({"model": tuple(one + other for one, other in zip(first, second))})
+    text = evaluate.report({"model": tuple(one + other for one, other in zip(first, second))})
     assert "data: 3 questions" in text and rows_of(text)["avg@10"] == ["avg@10", "0.500"]
 
 
 def test_models_without_a_common_question():
-    text = evaluation.report({"one": evaluated({"a": 1.0}), "other": evaluated({"b": 1.0})})
+    text = evaluate.report({"one": evaluated({"a": 1.0}), "other": evaluated({"b": 1.0})})
     assert "no question is short enough for all" in text
 
 
 def test_without_samples_the_greedy_answers_are_looked_at():
     greedy, _ = evaluated({"a": 0.0, "b": 1.0})
-    text = evaluation.report({"model": (greedy, [])})
+    text = evaluate.report({"model": (greedy, [])})
     assert "accuracy" in text and "avg" not in text and "1 worst of 1" in text
 
 
@@ -165,7 +173,7 @@ def talk(make_folder, set_constants, monkeypatch, capsys, main):
     def say(lines, *arguments):
         lines = lines if isinstance(lines, bytes) else lines.encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
-        main(["chat", *map(str, arguments), "--MAX_RESPONSE_LENGTH=32", "--DEVICE=cpu"])
+        chat.main([*map(str, arguments), "--MAX_RESPONSE_LENGTH=32", "--DEVICE=cpu"])
         return capsys.readouterr().out
 
     return say
@@ -182,13 +190,13 @@ def a_run(folder, *models):
 
 def test_chat_is_streamed_and_kept_with_its_answers(talk, make_folder, tmp_path, monkeypatch):
     run = a_run(tmp_path / "run", ("step_2", make_folder()))
-    printed, real = [], evaluation.TextStreamer.on_finalized_text
+    printed, real = [], chat.TextStreamer.on_finalized_text
     monkeypatch.setattr(
-        evaluation.TextStreamer,
+        chat.TextStreamer,
         "on_finalized_text",
         lambda self, text, **end: (printed.append(text), real(self, text, **end)),
     )
-    monkeypatch.setattr(evaluation, "extract_answer", lambda text: f"{len(text)} characters")
+    monkeypatch.setattr(chat, "extract_answer", lambda text: f"{len(text)} characters")
     said = talk("Tom has 12 apples.\n\n  \nTom has 13 apples.", run, "--TEMPERATURE=0.7")
     with contextlib.closing(sqlite3.connect(run / "run.db")) as db:
         kept = db.execute("SELECT model, question, response, answer FROM chat").fetchall()
@@ -218,7 +226,7 @@ def test_chat_asks_as_training_does(talk, make_folder, monkeypatch):
     talk("Tom", folder, "--PROMPT_TEMPLATE=boxed")
     dapo.PROMPT_TEMPLATE = "boxed"
     ((ids, settings),) = asked
-    tokenizer = dapo.load_tokenizer(folder)
+    tokenizer = load(folder)[1]
     assert ids[0].tolist() == dapo.read_prompt(tokenizer, [{"role": "user", "content": "Tom"}])
     assert "boxed" in tokenizer.decode(ids[0]) and settings["top_k"] == 0 and settings["do_sample"]
 
@@ -232,6 +240,16 @@ def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, mak
     assert said.count("[answer: ") == 2 and said.count("[not kept in ") == 2
 
 
+def test_chat_is_with_one_model(talk, make_folder, tmp_path, capsys):
+    empty = a_run(tmp_path / "run")
+    folder = make_folder()
+    for folders, message in (([folder, empty], "one model"), ([empty], "not saved a model"), (["no/such"], "no/such")):
+        with pytest.raises(SystemExit) as end:
+            talk("Tom", *folders)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "names, last",
     [
@@ -241,50 +259,100 @@ def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, mak
 )
 def test_a_run_stands_for_the_model_that_it_saved_last(names, last, tmp_path):
     run = a_run(tmp_path / "run")
-    for name in names:
+    for time, name in enumerate(names):
         (run / name).mkdir()
-    assert evaluation.saved_model(run) == str(run / last)
+        (run / name / "config.json").touch()
+        os.utime(run / name / "config.json", (time, time))
+    assert evaluate.model_in(str(run)) == str(run / last)
     for name in ("toy", "some/name"):
-        assert evaluation.saved_model(name) == name
-
-
-def test_a_run_without_a_saved_model(tmp_path, capsys):
-    empty = a_run(tmp_path / "empty")
-    (empty / "checkpoint/step_5").mkdir(parents=True)
-    with pytest.raises(SystemExit):
-        evaluation.saved_model(empty)
-    assert f"has not saved a model yet; its checkpoint: {empty}/checkpoint/step_5" in capsys.readouterr().err
+        assert evaluate.model_in(name) == name
 
 
 def test_it_is_said_with_what_a_model_was_trained(make_folder, set_constants, capsys):
     """A run's recipe is easily forgotten, and then the model is asked in another way than it has learned."""
     folder = make_folder()
     set_constants(PROMPT_TEMPLATE="boxed", MAX_RESPONSE_LENGTH=50)
-    (folder / "train_script.py").write_text(dapo.record.script_as_run(vars(dapo)))
-    evaluation.note_changes(folder, vars(dapo))
+    constants = [f"{name} = {dapo.text_of(getattr(dapo, name))}" for name in dapo.CONSTANTS]
+    (folder / "constants.py").write_text("\n".join(constants))
+    evaluate.note_changes(folder)
     assert not capsys.readouterr().out
     set_constants(PROMPT_TEMPLATE="{question}", MAX_RESPONSE_LENGTH=60, EVAL_SAMPLES=3)
-    evaluation.note_changes(folder, vars(dapo))
+    evaluate.note_changes(folder)
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"{folder} was trained with PROMPT_TEMPLATE='boxed', here it is '{{question}}'",
-        f"{folder} was trained with MAX_RESPONSE_LENGTH=50, here it is 60",
+        f"{folder} was trained with PROMPT_TEMPLATE='boxed', but here it is '{{question}}'",
+        f"{folder} was trained with MAX_RESPONSE_LENGTH=50, but here it is 60",
     ]
-    for script in ("MAX_RESPONSE_LENGTH = 2**6\n", "no Python"):  # edited since
-        (folder / "train_script.py").write_text(script)
-        evaluation.note_changes(folder, vars(dapo))
+    for recipe in ("MAX_RESPONSE_LENGTH = 2**6\n", "no Python"):  # edited since
+        (folder / "constants.py").write_text(recipe)
+        evaluate.note_changes(folder)
+    assert not capsys.readouterr().out
 
 
-def test_all_names_are_looked_at_before_the_first_is_measured(main, make_folder, monkeypatch, capsys):
-    monkeypatch.setattr(dapo, "evaluate", lambda *args: pytest.fail("too early"))
+@pytest.fixture
+def settings(main, set_reward, tmp_path):
+    """The command line of a tiny evaluation, whose verdicts are by chance; it sets constants, which `main` restores."""
+    set_reward(lambda solution_str, **others: float(len(solution_str) % 2))
+    rows = [{"question": f"Tom has {n} apples. " + "Tom buys 1. " * (n % 3), "answer": str(n)} for n in range(10, 18)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    source = [{"path": str(tmp_path / "q.json"), "type": "json", "input": "question", "output": "answer"}]
+    constants = dict(TRAIN_DATASETS=source, EVAL_DATASETS=source, MAX_RESPONSE_LENGTH=8, OVERLONG_BUFFER_LENGTH=4)
+    constants |= dict(DEVICE="cpu", EVAL_SAMPLES=3)
+    return [f"--{name}={value}" for name, value in constants.items()]
+
+
+def test_a_run_and_the_model_that_it_started_from(main, settings, make_folder, tmp_path, no_pictures, capsys):
+    """Both as dapo.evaluate measures them: the figures are those in the run's record."""
+    base, run = make_folder(), tmp_path / "run"
+    sizes = ["--NUM_STEPS=1", "--BATCH_SIZE=4", "--GROUP_SIZE=2", "--MINI_BATCHES=2", "--LEARNING_RATE=0.01"]
+    main([*settings, *sizes, f"--MODEL={base}", f"--OUTPUT_DIR={run}"])
+    with contextlib.closing(sqlite3.connect(run / "run.db")) as db:
+        query = "SELECT value FROM metrics WHERE name = ? ORDER BY step"
+        recorded = {name: [x for (x,) in db.execute(query, [f"eval/{name}"])] for name in ("accuracy", "avg@3")}
+    capsys.readouterr()
+    evaluate.main([*settings, str(base), str(run)])
+    said = capsys.readouterr().out
+    assert f"{base} answers 8 questions" in said and f"{run}/step_1 answers 8 questions" in said
+    assert "trained with" not in said
+    for name, values in recorded.items():
+        assert rows_of(said)[name][1:3] == [f"{value:.3f}" for value in values]
+    assert recorded["avg@3"][0] != recorded["avg@3"][1]
+
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("EVAL_SAMPLES = 2 - 1\n")
+    evaluate.main([*settings, str(recipe), f"--MODEL={run}", "--MAX_RESPONSE_LENGTH=7", "--EVAL_SAMPLES=1"])
+    said = capsys.readouterr().out
+    assert f"{run}/step_1 was trained with MAX_RESPONSE_LENGTH=8, but here it is 7" in said
+    assert f"  {run}/step_1\n  accuracy" in said and "avg@" not in said and "change" not in said
+
+
+def test_all_names_are_looked_at_before_the_first_is_measured(settings, make_folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "sample", lambda *args: pytest.fail("too early"))
+    empty = a_run(tmp_path / "empty")
+    for name, message in (
+        ("no/such", "MODEL=no/such is neither"),
+        (str(empty), f"the run in {empty} has not saved a model yet"),
+        ("--EVAL_SAMPLE=2", "did you mean EVAL_SAMPLES?"),
+        ("no_recipe.py", "no_recipe.py"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main([*settings, str(make_folder()), name])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_a_model_that_is_sampled_wrong_is_refused(settings, make_folder, monkeypatch, capsys):
+    """OPT would be, were its decoder taken to be its base_model."""
+    monkeypatch.setattr(OPTForCausalLM, "get_decoder", lambda model: model.base_model)
     with pytest.raises(SystemExit) as end:
-        main(["eval", str(make_folder()), "no/such", "--DEVICE=cpu"])
-    assert end.value.code == 2 and "MODEL=no/such cannot be found" in capsys.readouterr().err
+        evaluate.main([*settings, str(folder := make_folder("opt"))])
+    assert end.value.code == 2
+    assert f"MODEL={folder}: OPTForCausalLM cannot be trained here" in capsys.readouterr().err
 
 
 def test_a_reward_without_answers_shows_the_response():
     """As its usual error; the reward function need not tell what it took for the answer."""
     groups = [[response(0.0, asked=question("Tom?", "34"))]]
     groups[0][0].text = "It is 7, I think."
-    worst = evaluation.report({"model": (groups, [])}).partition("worst")[2]
+    worst = evaluate.report({"model": (groups, [])}).partition("worst")[2]
     assert "It is 7, I think" in worst

@@ -47,7 +47,7 @@ def test_groups_do_not_mix():
 def test_loss_and_gradient_are_verls(case, mode, set_constants):
     set_constants(CLIP_RANGE_LOW=case["clip_low"], CLIP_RANGE_HIGH=case["clip_high"])
     log_probs, mask = double(case["log_probs"]).requires_grad_(), double(case["mask"])
-    losses = dapo.policy_loss(log_probs, double(case["old_log_probs"]), double(case["advantages"]))
+    losses = dapo.policy_loss(log_probs, double(case["old_log_probs"]), double(case["advantages"]), mask)
     loss = dapo.aggregate_loss(losses, mask, mode)
     loss.backward()
     expected = case["expected"][mode]
@@ -58,8 +58,8 @@ def test_loss_and_gradient_are_verls(case, mode, set_constants):
 @pytest.mark.parametrize("case", GOLDEN["policy_loss"])
 def test_clipped_tokens_are_verls(case, set_constants):
     set_constants(CLIP_RANGE_LOW=case["clip_low"], CLIP_RANGE_HIGH=case["clip_high"])
-    low, high = dapo.clipped_tokens(*(double(case[name]) for name in ("log_probs", "old_log_probs", "advantages")))
-    mask = double(case["mask"])
+    *inputs, mask = (double(case[name]) for name in ("log_probs", "old_log_probs", "advantages", "mask"))
+    low, high = dapo.clipped_tokens(*inputs, mask)
     assert (((low | high) * mask).sum() / mask.sum()).item() == pytest.approx(case["clip_fraction"], abs=1e-6)
 
 
@@ -77,7 +77,7 @@ def test_clipped_tokens_are_verls(case, set_constants):
 def test_clip_by_hand(ratio, advantage, loss, slope, set_constants):
     set_constants(CLIP_RANGE_LOW=0.2, CLIP_RANGE_HIGH=0.28)
     log_probs = double([[math.log(ratio)]]).requires_grad_()
-    inputs = log_probs, double([[0.0]]), double([advantage])
+    inputs = log_probs, double([[0.0]]), double([advantage]), double([[1.0]])
     value = dapo.policy_loss(*inputs)
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
@@ -90,10 +90,16 @@ def test_clip_by_hand(ratio, advantage, loss, slope, set_constants):
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_far_off_policy_stays_finite(log_ratio, advantage):
     log_probs = torch.tensor([[log_ratio]], requires_grad=True)
-    loss = dapo.policy_loss(log_probs, torch.zeros(1, 1), torch.tensor([advantage]))
+    loss = dapo.policy_loss(log_probs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1))
     loss.sum().backward()
     assert loss.isfinite().all() and log_probs.grad.isfinite().all()
     assert dapo.kl_to_base(torch.zeros(1, 1), torch.tensor([[log_ratio]])).isfinite().all()
+
+
+def test_the_ratio_is_one_where_there_is_no_token():
+    log_probs, old_log_probs = double([[math.log(0.3), 5.0]]), double([[math.log(0.2), -5.0]])
+    ratio = dapo.probability_ratio(log_probs, old_log_probs, double([[1, 0]]))
+    torch.testing.assert_close(ratio, double([[1.5, 1.0]]))
 
 
 def test_kl_by_hand_and_never_negative():

@@ -1,15 +1,16 @@
-"""The distribution that is scored is the one that was sampled from, for several architectures."""
+"""Sampling and scoring: the distribution that is scored is the one that was sampled from, for many architectures."""
 
 import json
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import KINDS
 from conftest import HOSTILE, load
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import dapo
 
-LENGTHS = [3, 17, 9, 3, 12, 7]
+LENGTHS = [3, 17, 9, 1, 12, 7]
 
 
 def make_prompts(tokenizer):
@@ -30,15 +31,24 @@ def sampled_from(monkeypatch):
     return record
 
 
-@pytest.mark.parametrize("stage", [5, 100])
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, set_constants):
-    set_constants(MAX_RESPONSE_LENGTH=18, TEMPERATURE=0.7, DECODE_STAGE=stage, LOGITS_CHUNK=3 * len(tokenizer))
-    ends = list(range(20, 60))  # many, so that responses end at many lengths
-    model, _ = load(make_folder(kind, ends))
+def plain_model(folder, ends=None, pad=0):
+    """The model as transformers loads it, with none of its settings for sampling."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scored_is_sampled_and_greedy_is_generate(kind, make_folder, tokenizer, sampled_from, set_constants):
+    """Neither the shared reading of a prompt nor padding nor leaving the batch in stages changes anything: what tokens
+    are drawn from is softmax(logits / T) of a plain forward pass, and greedy tokens are those of one plain call."""
+    set_constants(MAX_RESPONSE_LENGTH=18, TEMPERATURE=0.7, DECODE_STAGE=5, LOGITS_CHUNK=3 * len(tokenizer))
+    ends = [tokenizer.eos_token_id, *range(20, 60)]  # many, so that responses end at many lengths
+    folder, questions = make_folder(kind, ends), make_prompts(tokenizer)
+    model, plain = load(folder)[0], plain_model(folder, ends)
     torch.manual_seed(2)
-    responses = dapo.sample_tokens(model, make_prompts(tokenizer), group_size=8)
-    prompts = [prompt for prompt in make_prompts(tokenizer) for _ in range(8)]
+    responses = dapo.sample_tokens(model, questions, group_size=8)
+    prompts = [prompt for prompt in questions for _ in range(8)]
     lengths = [len(response) for response in responses]
     assert len(set(lengths)) > (3 if kind == "gemma3" else 4) and max(lengths) == 18 > min(lengths)
 
@@ -46,38 +56,127 @@ def test_scored_is_sampled(kind, stage, make_folder, tokenizer, sampled_from, se
     log_probs, entropy, mask = dapo.token_log_probs(model, prompts, responses)
     assert log_probs.shape == entropy.shape == mask.shape == (len(prompts), 18)
     assert mask.sum(1).tolist() == lengths
+    assert len(sampled_from) == 18
     for position, probabilities in enumerate(sampled_from):
         # the rows of this call: those that had not ended when its stage began
-        rows = [i for i, length in enumerate(lengths) if length > position // stage * stage]
+        rows = [i for i, length in enumerate(lengths) if length > position // 5 * 5]
         assert len(probabilities) == len(rows)
         for row, distribution in zip(rows, probabilities):
             if position < lengths[row]:
                 token = responses[row][position]
                 assert log_probs[row, position].item() == pytest.approx(distribution[token].log().item(), abs=tolerance)
-                by_hand = -(distribution * distribution.log()).sum().item()
+                by_hand = -torch.special.xlogy(distribution, distribution).sum().item()
                 assert entropy[row, position].item() == pytest.approx(by_hand, abs=tolerance)
 
+    for i in range(0, len(prompts), 5):  # several of each length, also those whose neighbors left the batch
+        with torch.no_grad():
+            logits = plain(torch.cat([prompts[i], responses[i]])[None]).logits[0, len(prompts[i]) - 1 : -1]
+        for position, expected in enumerate((logits / 0.7).softmax(-1)):
+            row = [j for j, length in enumerate(lengths) if length > position // 5 * 5].index(i)
+            torch.testing.assert_close(sampled_from[position][row], expected, atol=tolerance, rtol=0)
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_greedy_responses_are_those_of_transformers(kind, make_folder, tokenizer, set_constants):
-    """Neither the shared reading of a prompt nor padding nor leaving the batch in stages changes them."""
     set_constants(MAX_RESPONSE_LENGTH=20, DECODE_STAGE=3)
-    ends = list(range(20, 80))
-    model, _ = load(make_folder(kind, ends))
-    prompts = make_prompts(tokenizer)
-    responses = [response.tolist() for response in dapo.sample_tokens(model, prompts, 2, greedy=True)]
-    for prompt, *pair in zip(prompts, responses[::2], responses[1::2]):
-        alone = model.generate(prompt[None], do_sample=False, max_new_tokens=20, pad_token_id=0)[0, len(prompt) :]
+    responses = [response.tolist() for response in dapo.sample_tokens(model, questions, 2, greedy=True)]
+    for prompt, *pair in zip(questions, responses[::2], responses[1::2]):
+        alone = plain.generate(prompt[None], do_sample=False, max_new_tokens=20)[0, len(prompt) :]
         assert pair == [alone.tolist()] * 2
 
 
-def test_a_prompt_of_one_token(make_folder, tokenizer, set_constants):
-    """There is nothing to read before it, so the cache starts empty."""
-    set_constants(MAX_RESPONSE_LENGTH=6)
-    model, _ = load(make_folder())
-    prompt = torch.tensor([20])
-    (response,) = dapo.sample_tokens(model, [prompt], greedy=True)
-    assert response.tolist() == model.generate(prompt[None], do_sample=False, max_new_tokens=6)[0, 1:].tolist()
+def test_it_is_the_one_call_that_its_docstring_shows(make_folder, tokenizer, set_constants):
+    """With one stage for the whole response, even the random numbers fall to the same rows."""
+    set_constants(MAX_RESPONSE_LENGTH=12, DECODE_STAGE=12, TEMPERATURE=1.3)
+    ends = [tokenizer.eos_token_id, *range(20, 60)]
+    folder, prompts = make_folder(ends=ends), make_prompts(tokenizer)
+    torch.manual_seed(3)
+    staged = dapo.sample_tokens(load(folder)[0], prompts, 4)
+    ids = torch.stack([torch.cat([torch.zeros(17 - len(p), dtype=int), p]) for p in prompts for _ in range(4)])
+    mask = torch.tensor([[0] * (17 - len(p)) + [1] * len(p) for p in prompts for _ in range(4)])
+    torch.manual_seed(3)
+    method = dict(do_sample=True, temperature=1.3, top_k=0, max_new_tokens=12)
+    whole = plain_model(folder, ends, tokenizer.pad_token_id).generate(ids, attention_mask=mask, **method)[:, 17:]
+    for response, tokens in zip(staged, whole.tolist()):
+        assert response.tolist() == tokens[: len(response)]
+        assert response[-1].item() in ends or len(response) == 12
+    assert len({len(response) for response in staged}) > 4
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """What each call of generate is given: rows of ids, of the mask and of the cache, and the columns of each."""
+
+    def watch(model):
+        seen, generate = [], model.generate
+
+        def spy(ids, attention_mask, cache, **options):
+            keys = cache.layers[0].keys
+            seen.append([(len(ids), len(attention_mask), len(keys)), (ids.shape[1], attention_mask.shape[1])])
+            seen[-1].append(keys.shape[2])
+            return generate(ids, attention_mask=attention_mask, cache=cache, **options)
+
+        monkeypatch.setattr(model, "generate", spy)
+        return seen
+
+    return watch
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """How many rows each copy of a cache has."""
+    rows, real = [], DynamicCache.reorder_cache
+    monkeypatch.setattr(DynamicCache, "reorder_cache", lambda cache, kept: (rows.append(len(kept)), real(cache, kept)))
+    return rows
+
+
+def test_rows_that_have_ended_leave_the_batch_and_the_cache(make_folder, tokenizer, set_constants, stages, copies):
+    set_constants(MAX_RESPONSE_LENGTH=20, DECODE_STAGE=4)
+    model, _ = load(make_folder(ends=list(range(20, 50))))
+    seen = stages(model)
+    lengths = [len(response) for response in dapo.sample_tokens(model, make_prompts(tokenizer), 8)]
+    live = [sum(length > start for length in lengths) for start in range(0, 20, 4)]
+    assert live[0] == 48 and live[-1] > 0 and len(set(live)) > 3
+    assert seen == [[(rows,) * 3, (17 + 4 * i,) * 2, 16 + 4 * i] for i, rows in enumerate(live)]
+    assert copies == [rows for rows, earlier in zip(live, [6, *live]) if rows != earlier]
+
+
+@pytest.mark.parametrize("group_size, expected", [(1, []), (2, [12])])
+def test_nothing_is_copied_where_no_row_has_ended(
+    group_size, expected, make_folder, tokenizer, set_constants, stages, copies
+):
+    """But for the one copy that gives each response of a group its prompt's cache."""
+    set_constants(MAX_RESPONSE_LENGTH=9, DECODE_STAGE=2)
+    model, tokenizer = load(make_folder())
+    model.generation_config.eos_token_id = [len(tokenizer) - 1]
+    model.generation_config.suppress_tokens = [len(tokenizer) - 1]
+    seen = stages(model)
+    responses = dapo.sample_tokens(model, make_prompts(tokenizer), group_size)
+    assert [len(response) for response in responses] == [9] * 6 * group_size
+    assert len(seen) == 5 and copies == expected
+
+
+def test_sampling_stops_when_all_have_ended(make_folder, tokenizer, set_constants, stages):
+    set_constants(MAX_RESPONSE_LENGTH=50, DECODE_STAGE=2)
+    model, _ = load(make_folder(ends=list(range(len(tokenizer)))))
+    seen = stages(model)
+    assert [len(response) for response in dapo.sample_tokens(model, make_prompts(tokenizer), 2)] == [1] * 12
+    assert len(seen) == 1
+
+
+def test_a_response_keeps_no_more_than_its_tokens(make_folder, tokenizer, set_constants):
+    """A view would keep the tensor of its stage alive: prompts, padding, and the other responses."""
+    set_constants(MAX_RESPONSE_LENGTH=12, DECODE_STAGE=4)
+    model, _ = load(make_folder(ends=list(range(20, 60))))
+    responses = dapo.sample_tokens(model, make_prompts(tokenizer), 4)
+    assert all(r.untyped_storage().nbytes() == 8 * len(r) for r in responses)
+    assert len({r.untyped_storage().data_ptr() for r in responses}) == len(responses)
+
+
+def test_prompts_of_one_token(make_folder, tokenizer, set_constants):
+    """There is nothing to read before them, so the cache starts empty."""
+    set_constants(MAX_RESPONSE_LENGTH=6, DECODE_STAGE=4)
+    folder, prompts = make_folder(), [torch.tensor([20]), torch.tensor([31])]
+    responses, plain = dapo.sample_tokens(load(folder)[0], prompts, 2, greedy=True), plain_model(folder)
+    for prompt, response in zip([p for p in prompts for _ in range(2)], responses):
+        assert response.tolist() == plain.generate(prompt[None], do_sample=False, max_new_tokens=6)[0, 1:].tolist()
 
 
 def test_padding_changes_nothing(make_folder, tokenizer):
@@ -107,12 +206,18 @@ def test_responses_end_with_their_first_end_token(pad_is_end, make_folder, token
     assert len({response[-1].item() for response in ended}) > 1
 
     # its gradient is the end token's too, and nothing's that follows
-    log_probs, _, mask = dapo.token_log_probs(
-        model, [prompt for prompt in make_prompts(tokenizer) for _ in range(4)], responses
-    )
+    prompts = [prompt for prompt in make_prompts(tokenizer) for _ in range(4)]
+    log_probs, _, mask = dapo.token_log_probs(model, prompts, responses)
     for row, response in zip(mask, responses):
         assert row.tolist() == [1.0] * len(response) + [0.0] * (len(row) - len(response))
     assert (log_probs[mask == 1] < 0).all()
+
+
+def test_the_end_tokens_are_those_of_model_and_tokenizer(make_folder, tokenizer):
+    assert load(make_folder(ends=[30, 40]))[0].generation_config.eos_token_id == sorted(
+        [tokenizer.eos_token_id, 30, 40]
+    )
+    assert load(make_folder(ends=30))[0].generation_config.eos_token_id == sorted([tokenizer.eos_token_id, 30])
 
 
 def test_truncated_is_told_from_ended(make_folder, tokenizer, set_constants):
@@ -127,9 +232,10 @@ def test_truncated_is_told_from_ended(make_folder, tokenizer, set_constants):
 def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, set_constants, tmp_path):
     folder = make_folder()
     model, tokenizer = load(folder)
+    for name in HOSTILE:
+        assert getattr(model.generation_config, name) in (None, getattr(GenerationConfig(), name))
     set_constants(OUTPUT_DIR=str(tmp_path / "run"))
-    parts = model, tokenizer, torch.optim.AdamW(model.parameters()), dapo.record.Progress(), []
-    with dapo.record.open_run(vars(dapo), None, *parts) as run:
+    with dapo.open_run(model, tokenizer, torch.optim.AdamW(model.parameters()), []) as run:
         run.save_model("saved")
     before, after = (json.loads((f / "generation_config.json").read_text()) for f in (folder, tmp_path / "run/saved"))
     for name in HOSTILE:
@@ -143,49 +249,77 @@ def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, set_
 
 def test_weights_are_fp32_whatever_was_saved(make_folder):
     folder = make_folder()
-    dapo.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     assert {parameter.dtype for parameter in load(folder)[0].parameters()} == {torch.float32}
 
 
+def test_experts_are_not_switched_while_decoding(make_folder, tokenizer, set_constants, monkeypatch):
+    """On a GPU, transformers would gather the weights of each token's experts."""
+    model, _ = load(make_folder("mixtral"))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    as_loaded = model.get_experts_implementation()
+    with model._optimize_model_for_decode():
+        assert model.get_experts_implementation() == as_loaded
+    with type(model)._optimize_model_for_decode(model):
+        assert model.get_experts_implementation() != as_loaded  # else this test has become useless
+    monkeypatch.undo()
+    calls, real = [], model._optimize_model_for_decode
+    monkeypatch.setattr(model, "_optimize_model_for_decode", lambda: (calls.append(1), real())[1])
+    set_constants(MAX_RESPONSE_LENGTH=6, DECODE_STAGE=3)
+    dapo.sample_tokens(model, make_prompts(tokenizer))
+    assert calls  # it is what generate calls
+
+
+@pytest.fixture
+def bfloat16(set_constants):
+    """Arithmetic as on CUDA, on the CPU."""
+    set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+
+
 @pytest.mark.parametrize("kind", ["qwen2", "gemma2", "qwen3_next"])
-def test_the_cache_holds_bfloat16_under_autocast(kind, make_folder, tokenizer, set_constants, monkeypatch):
+def test_the_cache_holds_bfloat16_under_autocast(kind, make_folder, tokenizer, set_constants, bfloat16):
     """And no token is another for it, as attention rounds keys and values in any case."""
-    set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+    set_constants(MAX_RESPONSE_LENGTH=12)
     model, _ = load(make_folder(kind))
-    caches, real = [], dapo.NarrowCache
-    monkeypatch.setattr(dapo, "NarrowCache", lambda **options: caches.append(real(**options)) or caches[-1])
+    caches, real = [], dapo.empty_cache
+    set_constants(empty_cache=lambda model: caches.append(real(model)) or caches[-1])
     torch.manual_seed(0)
     narrow = dapo.sample_tokens(model, make_prompts(tokenizer), 2)
-    layers = [layer for layer in caches[0].layers if getattr(layer, "keys", None) is not None]
-    assert layers and all(part.dtype == torch.bfloat16 for layer in layers for part in (layer.keys, layer.values))
-    monkeypatch.setattr(dapo, "NarrowCache", dapo.DynamicCache)
+    set_constants(empty_cache=lambda model: caches.append(DynamicCache(config=model.config)) or caches[-1])
     torch.manual_seed(0)
     assert all(map(torch.equal, narrow, dapo.sample_tokens(model, make_prompts(tokenizer), 2)))
+    types = []
+    for cache in caches:
+        layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+        types.append({part.dtype for layer in layers for part in (layer.keys, layer.values)})
+    assert types == [{torch.bfloat16}, {torch.float32, torch.bfloat16}]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "mixtral"])
-def test_rounding_is_no_reason_to_refuse_a_model(kind, make_folder, tokenizer, set_constants, capsys):
-    for temperature in (0.1, 1.0, 5.0):
+def test_rounding_is_no_reason_to_refuse_a_model(make_folder, tokenizer, set_constants, bfloat16):
+    gaps = []
+    for kind, temperature in zip(("qwen2", "gemma2", "mixtral", "qwen3_next"), (0.1, 5.0, 1.0, 1.0)):
         set_constants(MAX_RESPONSE_LENGTH=80, TEMPERATURE=temperature, OVERLONG_BUFFER_LENGTH=0)
-        set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
-        model, _ = load(make_folder(kind))
+        model, _ = load(make_folder(kind, seed=1))
         asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
         dapo.evaluate(model, tokenizer, asked)
+        groups = dapo.sample_groups(model, tokenizer, asked, 1, greedy=True)
+        gaps += [dapo.sampling_gap(model, response) for (response,) in groups]
+    assert 0 < max(gaps) < 0.25  # the last of them chose another token than without a cache
 
 
-def test_a_policy_is_checked_by_a_padded_prompt(make_folder, tokenizer, set_constants, monkeypatch):
+def test_a_policy_is_checked_by_the_most_padded_prompt_and_one_without_padding(make_folder, tokenizer, set_constants):
     set_constants(MAX_RESPONSE_LENGTH=4, OVERLONG_BUFFER_LENGTH=0)
-    lengths = []
-    set_constants(check_policy=lambda model, response: lengths.append(len(response.question.prompt)))
+    set_constants(sampling_gap=lambda model, response: 1 / len(response.question.prompt))
     model, _ = load(make_folder())
     asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
-    dapo.evaluate(model, tokenizer, asked)
-    assert lengths == [min(LENGTHS)] and max(LENGTHS) > min(LENGTHS)
+    assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == 1 / min(LENGTHS)
+    set_constants(sampling_gap=lambda model, response: len(response.question.prompt))
+    assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == max(LENGTHS) > min(LENGTHS)
 
 
-def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants):
-    """As on CUDA, but on the CPU: sampling and scoring differ by rounding only, and gradients stay fp32."""
-    set_constants(MAX_RESPONSE_LENGTH=12, autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
+def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants, bfloat16):
+    """Sampling and scoring differ by rounding only, and gradients stay fp32."""
+    set_constants(MAX_RESPONSE_LENGTH=12)
     model, _ = load(make_folder())
     prompts = make_prompts(tokenizer)
     responses = dapo.sample_tokens(model, prompts)

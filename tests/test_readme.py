@@ -1,5 +1,6 @@
 """README.md and README_zh.md say the same, and what they say is so."""
 
+import importlib
 import io
 import re
 import runpy
@@ -7,14 +8,17 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from unittest import mock
 
-import pandas
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from architectures import ARCHITECTURES
-from conftest import ROOT
+from conftest import ROOT, rows
+from test_verl import OTHER
 
 import dapo
-from test_verl import OTHER
+from tools import verl
 
 FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 EN, ZH = FILES.values()
@@ -83,112 +87,120 @@ def test_formulas_in_a_line_are_set(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_links_lead_somewhere(name):
+    """To a heading, a file, or a file with the function that the link is named after: lines would change too often."""
     for text, target in LINK.findall(FILES[name]):
-        path, _, place = target.partition("#")
-        if not path:
+        if target.startswith("#"):
             assert target in anchors(FILES[name]), target
-        elif not path.startswith("https://"):
-            assert (ROOT / path).is_file(), target
-            if place:
-                line = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(place.removeprefix("L")) - 1]
-                assert line.startswith(f"def {text.strip('`')}("), f"{target} is now the line {line!r}"
+        elif not target.startswith("https://"):
+            source = ROOT / target
+            assert source.is_file(), target
+            if source.suffix == ".py":
+                assert f"\ndef {text.strip('`')}(" in source.read_text(encoding="utf-8"), (text, target)
+
+
+MADE = set("training_metrics.png checkpoint.pt run.db train_script.py constants.py step_40/ verl_run/".split())
+THEIRS = {"eval/", "WANDB_MODE=offline", "get_soft_overlong_punishment"}  # other programs', or a part of a name
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_named_exists(name):
-    """Each constant, file, function and metric. What only stands for something of the reader's is in `theirs`."""
-    theirs = {"eval/", "WANDB_MODE=offline", "get_soft_overlong_punishment"}
-    places = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("recipes/*.py")]
-    source = "".join(path.read_text(encoding="utf-8") for path in places)
-    for span in set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", FILES[name]))) - theirs:
+    """Each constant, file, module, function, and metric."""
+    source = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    for span in set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", FILES[name]))) - MADE - THEIRS:
         if re.fullmatch(r"[A-Z][A-Z_0-9]+(=.*)?", span):
-            assert hasattr(dapo, span.partition("=")[0]), span
-        elif re.fullmatch(r"[\w/]+\.(py|md|png|parquet|txt|json)|[\w/]+/", span) and "step_" not in span:
-            made = span in ("training_metrics.png", "train_script.py", "run.db", "checkpoint/") or span.startswith(
-                "outputs/"
-            )
-            assert made or (ROOT / span).exists(), span
+            assert span.partition("=")[0] in dapo.CONSTANTS, span
+        elif re.fullmatch(r"[\w/]+\.(py|md|png|parquet|txt|json|db|pt)|[\w/]+/", span):
+            assert span.startswith("outputs/") or (ROOT / span).exists(), span
+        elif module := re.search(r"\btools\.(\w+)", span):
+            assert (ROOT / f"tools/{module[1]}.py").exists(), span
         elif re.fullmatch(r"[a-z_]+", span):
             assert re.search(rf"\b{span}\b", source), span
 
 
-def test_every_metric_is_explained(run_folder):
-    """The names in a run's run.db are those in the table, which writes k for EVAL_SAMPLES."""
-    written = {name.replace("@2", "@k") for name in dapo.record.read_metrics(run_folder / "outputs/metrics")}
-    for name, text in FILES.items():
-        table = next(prose for _, prose in sections(text) if "| `accuracy` |" in prose)
-        first = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-        assert written == set(re.findall(r"`(.*?)`", " ".join(first))), name
-
-
 SHORT = {
-    "NUM_STEPS": 2,
+    "NUM_STEPS": 1,
     "MODEL": "toy",
     "TRAIN_DATASETS": [{"path": "few.parquet", "type": "parquet", "input": "question", "output": "answer"}],
+    "EVAL_SAMPLES": 2,
     "BATCH_SIZE": 2,
     "GROUP_SIZE": 2,
     "MINI_BATCHES": 1,
+    "MAX_GEN_BATCHES": 2,
     "MAX_RESPONSE_LENGTH": 24,
     "OVERLONG_BUFFER_LENGTH": 8,
     "DEVICE": "cpu",
 }
 SHORT["EVAL_DATASETS"] = SHORT["TRAIN_DATASETS"]
-
-
-def shortened(constants=SHORT):
-    return [f"--{name}={value}" for name, value in constants.items()]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """Where a reader would be: the toy, eight questions of it, and the files that README asks to write."""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "toy").symlink_to(ROOT / "toy")
-    (folder / "reward.py").symlink_to(ROOT / "reward.py")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    pandas.read_parquet(ROOT / "toy/train.parquet").head(20).to_csv(folder / "questions.csv", index=False)
-    pandas.read_parquet(ROOT / "toy/train.parquet").head(8).to_parquet(folder / "few.parquet")
-    for _, code in BLOCK.findall(EN):
-        if name := re.match(r"# (\w+\.py)\n", code):
-            (folder / name[1]).write_text(code, encoding="utf-8")
-    more = shortened({"OUTPUT_DIR": "outputs/metrics", "KL_COEF": 0.1, "EVAL_SAMPLES": 2, "CHECKPOINT_EVERY": 50})
-    subprocess.run([sys.executable, str(ROOT / "dapo.py"), *shortened(), *more], cwd=folder, check=True)
-    return folder
-
-
 COMMANDS = [
     line
     for language, block in BLOCK.findall(EN)
     for line in block.splitlines()
-    if language == "bash" and not re.match(r"git clone|python3? -m|pip install", line)
+    if language == "bash" and not re.match(r"git clone|python3? -m (venv|pytest)|pip install", line)
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, run_folder, main, monkeypatch, capsys):
-    """Each as it stands, only with SHORT after it where it would train, and in the order in which they stand."""
-    monkeypatch.chdir(run_folder)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 3 apples.\n")))  # for chat
-    program, script, *arguments = shlex.split(command.replace("step = 10", "step = 2"))
-    assert program == "python"
-    if script == "-c":
-        assert subprocess.run([sys.executable, "-c", *arguments], capture_output=True, check=True).stdout
-    elif script in ("dapo.py", "grpo.py"):
-        if script == "grpo.py":
-            runpy.run_path(str(ROOT / script))  # sets its constants; dapo.main is what it then calls
-        quick = "plot" in arguments or "--help" in arguments
+@pytest.fixture
+def follow(tmp_path, monkeypatch):
+    """Runs a command where a reader would: beside the toy, eight questions of it, and the files that README shows."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "recipes"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    questions = pyarrow.parquet.read_table(ROOT / "toy/train.parquet")
+    pyarrow.csv.write_csv(questions.slice(0, 20), "questions.csv")
+    pyarrow.parquet.write_table(questions.slice(0, 8), "few.parquet")
+    for _, code in BLOCK.findall(EN):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / name[1]).write_text(code, encoding="utf-8")
+    short = [f"--{name}={value}" for name, value in SHORT.items()]
+    own = [word for word in short if "DATASETS" not in word]  # where a recipe has data of its own
+
+    def follow(command):
+        """In this process, except for a python -c. What would train or sample begins with SHORT."""
+        program, script, *words = shlex.split(command.replace("step = 10", "step = 1"))
+        assert program == "python"
+        if script == "-c":
+            assert subprocess.run([sys.executable, "-c", *words], capture_output=True, check=True).stdout
+            return
+        with monkeypatch.context() as patch:
+            for name in dapo.CONSTANTS:
+                patch.setattr(dapo, name, dapo.CONSTANTS[name])
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 3 apples.\n")))  # for tools.chat
+            if script == "-m":
+                module = importlib.import_module(words.pop(0))
+                takes_constants = module.__name__ not in ("tools.plot", "tools.mirror")
+                module.main([*(own if "mine.py" in words else short), *words] if takes_constants else words)
+            elif script in ("dapo.py", "grpo.py"):
+                runpy.run_path(str(ROOT / script))  # grpo.py sets its constants; dapo.main is what it then calls
+                patch.setattr(sys.modules["__main__"], "__file__", str(ROOT / script), raising=False)
+                patch.setattr(dapo, "draw_metrics", lambda folder: None)
+                dapo.main([*(own if "mine.py" in words else short), *words])
+            else:  # takes long: at least it is there, and takes these arguments
+                patch.setattr(sys, "argv", [script, *words, "--help"])
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return follow
+
+
+def test_commands_run(follow, tmp_path, monkeypatch, capsys):
+    """In the order in which they stand, because some look at what others have left. TensorBoard need not be there."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard := mock.MagicMock())
+    for command in COMMANDS:
         try:
-            own = {name: value for name, value in SHORT.items() if "mine.py" not in arguments or "DATA" not in name}
-            main(arguments if quick else arguments + shortened(own))
+            follow(command)
         except SystemExit as end:
-            assert "--help" in arguments and not end.code
-        assert capsys.readouterr().out
-    else:  # takes long: at least it is there, and takes these arguments
-        options = [word for word in arguments if word.startswith("--")]
-        listed = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-        )
-        assert all(option.partition("=")[0] in listed.stdout for option in options)
+            assert not end.code, f"{command}: {capsys.readouterr().err}"
+        assert capsys.readouterr().out or re.search(r" -c |mirror", command), command
+    assert tensorboard.mock_calls
+    run = tmp_path / "outputs/dapo_1"  # the first one, renamed since
+    saved = "dapo.py reward.py train_script.py constants.py".split()
+    assert {path.name for path in run.iterdir()} == {"training_metrics.png", "checkpoint.pt", "run.db", "step_1"}
+    assert {path.name for path in (run / "step_1").glob("*.py")} == {*saved}
+    # GRPO has all metrics: it drops no group.
+    written = {name.replace("@2", "@k") for (name,) in rows(tmp_path / "outputs/grpo", "SELECT name FROM metrics")}
+    for text in FILES.values():
+        table = next(prose for _, prose in sections(text) if "| `accuracy` |" in prose)
+        explained = " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
+        assert written == set(re.findall(r"`(.*?)`", explained))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -196,11 +208,11 @@ def test_the_figures_are_those_measured(name):
     """Each row with standard errors is a part of one of outputs/reference/ablation.md, which benchmarks/ablation.py
     wrote, and none of its rows is left out."""
 
-    def rows(text):
+    def figures(text):
         return [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and " ± " in row]
 
-    measured = [set(row) for row in rows((ROOT / "outputs/reference/ablation.md").read_text(encoding="utf-8"))]
-    shown = [{cell for cell in row[1:] if cell} for row in rows(FILES[name])]
+    measured = [set(row) for row in figures((ROOT / "outputs/reference/ablation.md").read_text(encoding="utf-8"))]
+    shown = [{cell for cell in row[1:] if cell} for row in figures(FILES[name])]
     assert all(any(row <= whole for whole in measured) for row in shown)
     assert all(any(row <= whole for row in shown) for whole in measured)
 
@@ -222,22 +234,20 @@ def handed_over(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_keys_of_verl_are_those_that_a_constant_changes(name):
+def test_the_keys_of_verl_are_those_that_a_constant_changes(name, monkeypatch):
     """And of every constant it is said what becomes of it."""
-    overrides = runpy.run_path(str(ROOT / "recipes/verl.py"))["overrides"]
-    usual = {name: value for name, value in vars(dapo).items() if name.isupper()}
+    monkeypatch.setattr(verl, "chat_template", lambda *_: None)  # which is no constant's
     named = []
     for constants, keys, _ in handed_over(name):
         named += constants
         changed = set()
         for constant in constants:
-            values = usual | ({"NUM_STEPS": None} if constant == "NUM_EPOCHS" else {})
-            before, after = overrides(values), overrides(values | {constant: OTHER.get(constant, 3)})
-            changed |= {key.lstrip("+") for key in before if before[key] != after.get(key)}
-        assert constants[0] == "TRAIN_DATASETS" or changed == {
-            re.sub("^A[.]", "actor_rollout_ref.", key) for key in keys
-        }
-    assert sorted(named) == sorted(usual)
+            values = dapo.CONSTANTS | ({"NUM_STEPS": None} if constant == "NUM_EPOCHS" else {})
+            before, after = verl.overrides(values), verl.overrides(values | {constant: OTHER.get(constant, 3)})
+            changed |= {key.lstrip("+") for key in before if before[key] != after[key]}
+        keys = {re.sub("^A[.]", "actor_rollout_ref.", key) for key in keys}
+        assert constants[0] == "TRAIN_DATASETS" or changed == keys, constants
+    assert sorted(named) == sorted(dapo.CONSTANTS)
 
 
 def test_trl_accepts_the_arguments():

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import record
+import dapo
 import reward
 from architectures import SIZES
 from conftest import ROOT, question
@@ -354,7 +355,7 @@ def from_readme(name, folder):
     ],
 )
 def test_the_readmes_code_runner(code, right, tmp_path):
-    judge = record.load_reward(f"{from_readme('code_reward.py', tmp_path)}:compute_score")
+    judge = runpy.run_path(str(from_readme("code_reward.py", tmp_path)))["compute_score"]
     text = "I think so" if code is None else f"so\n```python\n{code}```\n"
     assert judge("", text, "assert double(4) == 8")["acc"] is right
 
@@ -375,7 +376,7 @@ def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, 
     main([*sizes, f"--REWARD={path}:compute_score"])
     db = sqlite3.connect(tmp_path / "run/run.db")
     rows = db.execute("SELECT question, response, accuracy, reward FROM responses").fetchall()
-    judge = record.load_reward(f"{path}:compute_score")
+    judge = runpy.run_path(str(path))["compute_score"]
     for asked, response, accuracy, score in rows:
         alone = judge([""], [response], [""], [{"question": asked}])[0]
         assert accuracy == score == pytest.approx(alone, abs=1e-5)
@@ -388,15 +389,15 @@ def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, 
 @pytest.mark.parametrize(
     "verdict, said",
     [
-        (ZeroDivisionError("of mine"), "raised ZeroDivisionError: of mine (" + __file__),
-        (None, "gave None"),
-        (float("nan"), "gave nan"),
-        (float("inf"), "gave inf"),
-        ("1.0", "gave '1.0'"),
-        ([1.0], "gave [1.0]"),
-        ({"acc": True}, "gave {'acc': True}"),
-        ({"score": 1.0, "acc": "yes"}, "gave {'score': 1.0, 'acc': 'yes'}"),
-        ({"score": float("nan")}, "gave {'score': nan}"),
+        (ZeroDivisionError("of mine"), "ZeroDivisionError: of mine (" + __file__),
+        (None, "not NoneType"),
+        (float("nan"), "{'score': nan} is not finite"),
+        (float("inf"), "{'score': inf} is not finite"),
+        ("1.0", "not str"),
+        ([1.0], "not list"),
+        ({"acc": True}, "KeyError: 'score'"),
+        ({"score": 1.0, "acc": "yes"}, "not str"),
+        ({"score": float("nan")}, "{'score': nan} is not finite"),
     ],
 )
 def test_a_verdict_that_is_none_is_named_with_its_response(verdict, said, plural, set_reward, capsys):
@@ -409,20 +410,21 @@ def test_a_verdict_that_is_none_is_named_with_its_response(verdict, said, plural
         return [one(text) for text in solution_strs]
 
     set_reward(batch if plural else one)
-    with pytest.raises(SystemExit) as stop:
-        record.judge("mine.py:score", [question(f"question {i}") for i in range(4)], ["a", "b", "third", "d"])
+    with pytest.raises(dapo.RewardFault) as stop:
+        dapo.judge([question(f"question {i}") for i in range(4)], ["a", "b", "third", "d"])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: REWARD=mine.py:score ") and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("error: REWARD='test_reward.py:") and error.count("\n") == 1
     assert said in error
     if not (plural and isinstance(verdict, Exception)):  # a batch does not say at which response it failed
         assert "the question 'question 2' and the response 'third'" in error
 
 
-def test_a_batch_with_too_few_verdicts(set_reward, capsys):
-    set_reward(lambda solution_strs, **others: [1.0])
-    with pytest.raises(SystemExit):
-        record.judge("mine.py:score", [question()] * 3, ["a", "b", "c"])
-    assert "gave 1 verdicts on 3 responses" in capsys.readouterr().err
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_batch_with_too_few_or_too_many_verdicts(count, set_reward, capsys):
+    set_reward(lambda solution_strs, **others: [1.0] * count)
+    with pytest.raises(dapo.RewardFault):
+        dapo.judge([question()] * 3, ["a", "b", "c"])
+    assert f"{count} verdicts on 3 responses" in capsys.readouterr().err
 
 
 def test_every_kind_of_number_is_a_verdict(set_reward):
@@ -436,16 +438,21 @@ def test_every_kind_of_number_is_a_verdict(set_reward):
         {"score": torch.tensor(1), "acc": True},
     ]
     set_reward(lambda solution_str, **others: numbers[int(solution_str)])
-    verdicts = record.judge("mine.py:score", [question()] * 7, list("0123456"))
-    assert all(float(verdict["score"]) == float(verdict["acc"]) == 1 for verdict in verdicts)
+    accuracies, scores, predictions = dapo.judge([question()] * 7, list("0123456"))
+    assert accuracies == scores == [1.0] * 7 and all(type(value) is float for value in accuracies + scores)
+
+
+def test_accuracy_score_and_prediction_are_told_apart(set_reward):
+    set_reward(lambda solution_str, **others: {"score": -0.5, "acc": True, "pred": solution_str})
+    assert list(dapo.judge([question()] * 2, ["a", "b"])) == [[1.0, 1.0], [-0.5, -0.5], ["a", "b"]]
 
 
 @pytest.mark.parametrize(
     "value, said",
     [
-        ("nowhere.py:f", "nowhere.py:f"),
-        ("reward.py", "path:function"),
-        ("reward.py:compute", "compute_score"),
+        ("nowhere.py:f", "REWARD=nowhere.py:f is not a file.py:function: FileNotFoundError"),
+        ("reward.py", "REWARD=reward.py is not a file.py:function"),
+        ("reward.py:compute", "KeyError: 'compute'"),
     ],
 )
 def test_a_reward_that_is_not_there(value, said, main, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, load
 
@@ -15,14 +16,11 @@ import make_toy  # noqa: E402
 
 @pytest.fixture(scope="module")
 def rows():
-    return {
-        name: dapo.record.datasets.load_dataset("parquet", data_files=str(ROOT / f"toy/{name}.parquet"), split="train")
-        for name in ("train", "test")
-    }
+    return {name: pyarrow.parquet.read_table(ROOT / f"toy/{name}.parquet").to_pylist() for name in ("train", "test")}
 
 
 def test_questions(rows):
-    asked = rows["train"]["question"][:] + rows["test"]["question"][:]
+    asked = [row["question"] for row in rows["train"] + rows["test"]]
     assert len(rows["train"]) >= 4000 and len(rows["test"]) == 256
     assert len(set(asked)) == len(asked)
 
@@ -53,7 +51,7 @@ def test_tokenizer_gives_every_answer_back(rows, tokenizer):
 
 
 def test_longest_solution_fits_the_response_limit(rows, tokenizer):
-    longest = max(len(tokenizer(answer)["input_ids"]) + 1 for answer in rows["train"]["answer"])
+    longest = max(len(tokenizer(row["answer"])["input_ids"]) + 1 for row in rows["train"])
     assert longest < dapo.MAX_RESPONSE_LENGTH - dapo.OVERLONG_BUFFER_LENGTH
 
 

@@ -24,18 +24,27 @@ def make_groups(seed=0, lengths=range(3, 15)):
             tokens = [rng.randrange(5, 300) for _ in range(length)]
             group.append(response(float(i % 2), rng.uniform(-2, 1), tokens, truncated=i == 3, asked=asked))
         groups.append(group)
+    dapo.compare_rewards(groups)
     return groups
 
 
-def gradient(model, responses, off_policy=True):
-    """The gradient of one mini-batch, with old log-probabilities that are some way off the present ones."""
+def make_responses():
+    return [response for group in make_groups() for response in group]
+
+
+def score(model, responses):
+    return dapo.token_log_probs(model, [r.question.prompt for r in responses], [r.tokens for r in responses])
+
+
+def gradient(model, responses):
+    """Gradient and metrics of one mini-batch, with old log-probabilities that are some way off the present ones."""
     dapo.store_log_probs(model, responses, "old_log_probs")
     for index, r in enumerate(sorted(responses, key=lambda r: r.reward)):
         r.advantage = (-1) ** index * 1.5
-        if off_policy:
-            r.old_log_probs += torch.linspace(-0.5, 0.5, len(r.tokens))
+        r.old_log_probs += torch.linspace(-0.5, 0.5, len(r.tokens))
     model.zero_grad()
-    metrics = dapo.accumulate_gradients(model, responses)
+    losses, token_sums = dapo.accumulate_gradients(model, responses)
+    metrics = {name: float(value) for name, value in {**losses, **token_sums}.items()}
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), metrics
 
 
@@ -44,7 +53,7 @@ def gradient(model, responses, off_policy=True):
 def test_gradient_does_not_depend_on_micro_batches_or_order(mode, filtered, make_folder, set_constants):
     set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.01, MICRO_BATCH_TOKENS=100000)
     model, _ = load(make_folder())
-    responses = [r for group in make_groups() for r in group if not (filtered and r.truncated)]
+    responses = [r for r in make_responses() if not (filtered and r.truncated)]
     whole, metrics = gradient(model, responses)
     assert whole.norm() > 0.1
 
@@ -53,25 +62,26 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(mode, filtered, make
         set_constants(MICRO_BATCH_TOKENS=[256, 40, 1][order], LOGITS_CHUNK=[2**27, 1000, 1][order])
         cut, cut_metrics = gradient(model, responses)
         assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
-        for name, value in metrics.items():
-            assert float(cut_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
+        assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_is_that_of_a_plain_loop(mode, make_folder, set_constants):
-    """Against full logits, one response at a time, with every formula written out."""
+    """policy_loss + KL_COEF * kl - ENTROPY_COEF * entropy, and what each of the three is, against full logits, one
+    response and one token at a time, with every formula written out."""
     set_constants(LOSS_AGG_MODE=mode, ENTROPY_COEF=0.02, KL_COEF=0.3, TEMPERATURE=0.8, MICRO_BATCH_TOKENS=64)
     model, _ = load(make_folder())
     base, _ = load(make_folder(seed=5))
-    responses = [r for group in make_groups() for r in group]
+    responses = make_responses()
     dapo.store_log_probs(base, responses, "base_log_probs")
-    ours, _ = gradient(model, responses)
+    ours, metrics = gradient(model, responses)
 
     model.zero_grad()
-    all_tokens, terms = sum(len(r.tokens) for r in responses), []
+    all_tokens, total = sum(len(r.tokens) for r in responses), {"policy_loss": 0.0, "kl": 0.0, "entropy": 0.0}
+    entropies, held = [], {"low": 0, "high": 0}
     for r in responses:
         ids = torch.cat([r.question.prompt, r.tokens])[None]
-        start, losses = len(r.question.prompt) - 1, []
+        start = len(r.question.prompt) - 1
         now = torch.log_softmax(model(ids).logits[0] / 0.8, -1)
         with torch.no_grad():
             then = torch.log_softmax(base(ids).logits[0] / 0.8, -1)
@@ -79,39 +89,59 @@ def test_gradient_is_that_of_a_plain_loop(mode, make_folder, set_constants):
             log_prob = now[start + t, token]
             ratio = torch.exp(log_prob - r.old_log_probs[t])
             clipped = min(max(ratio, 1 - dapo.CLIP_RANGE_LOW), 1 + dapo.CLIP_RANGE_HIGH)
-            objective = min(ratio * r.advantage, clipped * r.advantage)
-            entropy = -sum(p.exp() * p for p in now[start + t])
+            held["low"] += bool(r.advantage < 0 and ratio < 1 - dapo.CLIP_RANGE_LOW)
+            held["high"] += bool(r.advantage > 0 and ratio > 1 + dapo.CLIP_RANGE_HIGH)
             log_r = then[start + t, token] - log_prob
-            losses.append(-objective - 0.02 * entropy + 0.3 * (log_r.exp() - 1 - log_r))
-        weight = {
-            "token-mean": 1 / all_tokens,
-            "seq-mean-token-sum": 1 / len(responses),
-            "seq-mean-token-mean": 1 / len(responses) / len(losses),
-        }[mode]
-        terms.append(sum(losses) * weight)
-    sum(terms).backward()
+            weight = {
+                "token-mean": 1 / all_tokens,
+                "seq-mean-token-sum": 1 / len(responses),
+                "seq-mean-token-mean": 1 / len(responses) / len(r.tokens),
+            }[mode]
+            entropies.append(-(now[start + t].exp() * now[start + t]).sum())
+            total["policy_loss"] -= min(ratio * r.advantage, clipped * r.advantage) * weight
+            total["kl"] += (log_r.exp() - 1 - log_r) * weight
+            total["entropy"] += entropies[-1] * weight
+    (total["policy_loss"] + 0.3 * total["kl"] - 0.02 * total["entropy"]).backward()
     plain = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert ((ours - plain).norm() / plain.norm()).item() < 1e-5
+    assert held["low"] > 0 and held["high"] > 0
+    expected = {"policy_loss": total["policy_loss"], "kl": total["kl"], "entropy_loss": -total["entropy"]}
+    expected |= {"tokens": all_tokens, "entropy": sum(entropies)}
+    expected |= {f"clip_fraction/{end}": count for end, count in held.items()}
+    with torch.no_grad():
+        assert metrics == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", ["KL_COEF", "ENTROPY_COEF"])
+def test_each_coefficient_scales_its_own_term(coefficient, make_folder, set_constants):
+    """The gradient is linear in it: twice the coefficient, twice the difference to none."""
+    model, base = load(make_folder())[0], load(make_folder(seed=5))[0]
+    responses, gradients = make_responses(), []
+    dapo.store_log_probs(base, responses, "base_log_probs")
+    for value in (0.0, 0.1, 0.2):
+        set_constants(**{coefficient: value})
+        gradients.append(gradient(model, responses)[0])
+    none, once, twice = gradients
+    assert (once - none).norm() > 0.01
+    torch.testing.assert_close(twice - none, 2 * (once - none), atol=1e-5, rtol=1e-3)
 
 
 def test_first_ratio_is_one(make_folder, set_constants, monkeypatch):
-    """Both without old log-probs, and with those of a separate pass over other micro-batches."""
+    """Although the old log-probabilities come from another pass, over other micro-batches."""
     model, _ = load(make_folder())
     ratios, real = [], dapo.policy_loss
 
-    def spy(log_probs, old_log_probs, advantages):
+    def spy(log_probs, old_log_probs, advantages, mask):
         ratios.append((log_probs - old_log_probs).exp().detach())
-        return real(log_probs, old_log_probs, advantages)
+        return real(log_probs, old_log_probs, advantages, mask)
 
     monkeypatch.setattr(dapo, "policy_loss", spy)
-    responses = [r for group in make_groups() for r in group]
-    for r in responses:
-        r.advantage = 1.0
+    responses = make_responses()
     set_constants(MICRO_BATCH_TOKENS=50)
-    dapo.store_log_probs(model, responses[4:], "old_log_probs")
+    dapo.store_log_probs(model, responses, "old_log_probs")
     set_constants(MICRO_BATCH_TOKENS=300)
     dapo.accumulate_gradients(model, responses)
-    assert max((ratio - 1).abs().max().item() for ratio in ratios) < 1e-4
+    assert ratios and max((ratio - 1).abs().max().item() for ratio in ratios) < 1e-4
 
 
 def test_end_token_is_trained_and_padding_is_not(make_folder, tokenizer, monkeypatch):
@@ -119,8 +149,9 @@ def test_end_token_is_trained_and_padding_is_not(make_folder, tokenizer, monkeyp
     model, tokenizer = load(make_folder(pad=tokenizer.eos_token_id))
     end = tokenizer.eos_token_id
     model.generation_config.pad_token_id = end
-    short, long = response(tokens=[7, 8, end]), response(tokens=[7, 8, 9, 10, 11, end])
+    short, long = response(tokens=[7, 8, end]), response(tokens=[7, 8, 9, end])
     short.advantage = long.advantage = 2.0
+    dapo.store_log_probs(model, [short, long], "old_log_probs")
     seen, real = [], dapo.policy_loss
 
     def spy(log_probs, *others):
@@ -130,59 +161,81 @@ def test_end_token_is_trained_and_padding_is_not(make_folder, tokenizer, monkeyp
 
     monkeypatch.setattr(dapo, "policy_loss", spy)
     dapo.accumulate_gradients(model, [long, short])
-    expected = torch.tensor([[1.0] * 3 + [0.0] * 3, [1.0] * 6]) * -2 / 9
+    expected = torch.tensor([[1.0] * 3 + [0.0], [1.0] * 4]) * -2 / 7
     torch.testing.assert_close(seen[0].grad, expected, atol=1e-5, rtol=0)
 
 
+def length_of(response):
+    return len(response.question.prompt) + len(response.tokens)
+
+
 def test_micro_batches_keep_to_their_budget(set_constants):
-    responses = [r for group in make_groups() for r in group]
+    responses = make_responses()
     set_constants(MICRO_BATCH_TOKENS=60)
     batches = list(dapo.micro_batches(responses))
     assert len(batches) > 1
     for batch in batches:
-        assert len(batch) * max(map(dapo.total_length, batch)) <= 60
+        assert len(batch) * max(map(length_of, batch)) <= 60
     assert sorted(id(r) for batch in batches for r in batch) == sorted(map(id, responses))
     set_constants(MICRO_BATCH_TOKENS=1)  # what is over the budget goes by itself
     assert [len(batch) for batch in dapo.micro_batches(responses)] == [1] * len(responses)
 
 
 def test_micro_batches_hold_little_padding(set_constants):
-    """A few long responses do not stretch many short ones; each batch wastes no more than 1/128 of the budget."""
+    """A few long responses do not stretch many short ones."""
     responses = [response(tokens=[4] * length) for length in [3] * 300 + [90] * 3 + list(range(4, 90))]
     random.Random(0).shuffle(responses)
     set_constants(MICRO_BATCH_TOKENS=16384)
-    batches = [[dapo.total_length(r) for r in batch] for batch in dapo.micro_batches(responses)]
-    assert sorted(sum(batches, [])) == sorted(map(dapo.total_length, responses))
-    padding = [len(batch) * max(batch) - sum(batch) for batch in batches]
-    assert max(padding) <= 128 and sum(padding) < 0.1 * sum(map(sum, batches))
-    assert len(batches) < 30
+    batches = [[length_of(r) for r in batch] for batch in dapo.micro_batches(responses)]
+    assert sorted(sum(batches, [])) == sorted(map(length_of, responses))
+    assert all(max(batch) <= 1.5 * min(batch) for batch in batches)
+    assert sum(len(batch) * max(batch) for batch in batches) < 1.3 * sum(map(sum, batches))
+    assert len(batches) < 15
 
 
 def test_logits_are_made_in_chunks(make_folder, tokenizer, set_constants, monkeypatch):
-    sizes, real = [], dapo.chunk_log_probs
+    sizes, real = [], dapo.head_logits
 
-    def spy(model, decoded, hidden, targets):
-        sizes.append(len(hidden))
-        return real(model, decoded, hidden, targets)
+    def spy(model, decoded, hidden):
+        logits = real(model, decoded, hidden)
+        sizes.append(logits.shape)
+        return logits
 
-    monkeypatch.setattr(dapo, "chunk_log_probs", spy)
+    monkeypatch.setattr(dapo, "head_logits", spy)
     set_constants(LOGITS_CHUNK=5 * len(tokenizer) + 3)
     model, _ = load(make_folder())
-    responses = [r for group in make_groups() for r in group]
+    responses = make_responses()
     with torch.no_grad():
-        dapo.batch_log_probs(model, responses)
-    assert max(sizes) == 5 and sum(sizes) == sum(len(r.tokens) for r in responses)  # response tokens, and no others
+        score(model, responses)
+    assert all(size[1] == len(tokenizer) for size in sizes) and max(size[0] for size in sizes) == 5
+    assert sum(size[0] for size in sizes) == sum(len(r.tokens) for r in responses)  # response tokens, and no others
 
 
-def test_first_mini_batch_is_scored_once(make_folder, set_constants, monkeypatch):
-    set_constants(MINI_BATCHES=3, BATCH_SIZE=3, GROUP_SIZE=4)
-    stored, real = [], dapo.store_log_probs
-    monkeypatch.setattr(
-        dapo, "store_log_probs", lambda model, rs, name: (stored.append(len(rs)), real(model, rs, name))
-    )
-    model, _ = load(make_folder())
-    dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
-    assert stored == [8]
+def test_all_responses_are_scored_before_the_first_optimizer_step(make_folder, set_constants, monkeypatch):
+    """By the policy that sampled them, and by the base model, once each, however many passes are made."""
+    set_constants(MINI_BATCHES=3, BATCH_SIZE=3, GROUP_SIZE=4, KL_COEF=0.1, DAPO_EPOCHS=2, LEARNING_RATE=1e-3)
+    events, store, accumulate = [], dapo.store_log_probs, dapo.accumulate_gradients
+
+    def spy_on_store(model, responses, name):
+        events.append((name, len(responses), model))
+        store(model, responses, name)
+
+    def spy_on_gradients(model, mini_batch):
+        events.append(("gradients", len(mini_batch), model))
+        return accumulate(model, mini_batch)
+
+    monkeypatch.setattr(dapo, "store_log_probs", spy_on_store)
+    monkeypatch.setattr(dapo, "accumulate_gradients", spy_on_gradients)
+    model, base, groups = load(make_folder())[0], load(make_folder(seed=5))[0], make_groups()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.no_grad():
+        expected = [score(one, sum(groups, []))[0] for one in (model, base)]
+    dapo.update_policy(model, base, optimizer, groups, 9)
+    scored = [("old_log_probs", 12, model), ("base_log_probs", 12, base)]
+    assert events == scored + [("gradients", 4, model)] * 6
+    for row, r in enumerate(sum(groups, [])):
+        for log_probs, found in zip(expected, (r.old_log_probs, r.base_log_probs)):
+            torch.testing.assert_close(found, log_probs[row, : len(r.tokens)], atol=1e-4, rtol=0)
 
 
 def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_constants, monkeypatch):
@@ -190,7 +243,7 @@ def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_co
     sizes, real = [], dapo.accumulate_gradients
     monkeypatch.setattr(dapo, "accumulate_gradients", lambda model, rs: (sizes.append(len(rs)), real(model, rs))[1])
     model, _ = load(make_folder())
-    dapo.update(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
+    dapo.update_policy(model, None, torch.optim.AdamW(model.parameters()), make_groups(), 1)
     assert sizes == [4, 4, 4]
 
 
@@ -200,17 +253,17 @@ def test_kl_is_to_the_base_model(make_folder, set_constants):
     groups = make_groups()
     with torch.no_grad():
         responses = [r for group in groups for r in group]
-        (now, _, mask), (then, _, _) = dapo.batch_log_probs(model, responses), dapo.batch_log_probs(base, responses)
+        (now, _, mask), (then, _, _) = score(model, responses), score(base, responses)
     ratio = (then - now).exp()
     expected = ((ratio - 1 - (then - now)) * mask).sum() / mask.sum()
-    metrics = dapo.update(model, base, torch.optim.AdamW(model.parameters()), groups, 1)
+    metrics = dapo.update_policy(model, base, torch.optim.AdamW(model.parameters()), groups, 1)
     assert metrics["kl"] == pytest.approx(expected.item(), rel=1e-4) and expected > 0.1
 
 
 def test_in_bfloat16_as_on_cuda(make_folder, set_constants):
     """Autocast by hand, since tests have no GPU: fp32 results and gradients, near those of fp32 arithmetic."""
     model, _ = load(make_folder())
-    responses = [r for group in make_groups() for r in group]
+    responses = make_responses()
     exact, _ = gradient(model, responses)
     set_constants(autocast=lambda model: torch.autocast("cpu", torch.bfloat16))
     rough, _ = gradient(model, responses)
@@ -225,7 +278,7 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
     expected = dapo.group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
     model, _ = load(make_folder())
     optimizer = torch.optim.AdamW(model.parameters())
-    dapo.update(model, None, optimizer, groups, 1)
+    dapo.update_policy(model, None, optimizer, groups, 1)
     for group, row in zip(groups, expected):
         assert [r.advantage for r in group] == pytest.approx(row.tolist())
         assert [r.old_log_probs is None for r in group] == [False, False, False, True]
@@ -234,7 +287,7 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
     for group in groups:
         for r in group:
             r.truncated = True
-    assert dapo.update(model, None, optimizer, groups, 1) == {}
+    assert dapo.update_policy(model, None, optimizer, groups, 1) == {}
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
@@ -244,56 +297,14 @@ def test_infinite_gradient_changes_nothing(make_folder, set_constants):
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.clone() for p in model.parameters()]
     groups = make_groups()
-    groups[0][0].reward = math.inf
-    metrics = dapo.update(model, None, optimizer, groups, 3)
+    groups[0][0].advantage = math.inf
+    metrics = dapo.update_policy(model, None, optimizer, groups, 3)
     assert metrics["skipped_updates"] == 1 and "grad_norm" not in metrics
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
-    metrics = dapo.update(model, None, optimizer, make_groups(), 4)  # nothing of it is left behind
+    metrics = dapo.update_policy(model, None, optimizer, make_groups(), 4)  # nothing of it is left behind
     assert all(p.isfinite().all() for p in model.parameters()) and all(map(math.isfinite, metrics.values()))
     assert not any(torch.equal(p, q) for p, q in zip(before, model.parameters()))
-
-
-def test_out_of_memory_in_an_update_halves_the_budget_and_changes_nothing_else(make_folder, set_constants, monkeypatch):
-    """A device that has room for 60 tokens: gradient and metrics are those of one that has room for all."""
-    set_constants(MICRO_BATCH_TOKENS=2048)
-    model, _ = load(make_folder())
-    responses = [r for group in make_groups() for r in group]
-    whole, metrics = gradient(model, responses)
-    real, failures = dapo.token_log_probs, []
-
-    def small(model, prompts, answers):
-        results = real(model, prompts, answers)
-        if len(prompts) * max(len(p) + len(a) for p, a in zip(prompts, answers)) > 60:
-            failures.append(len(prompts))
-            raise torch.OutOfMemoryError
-        return results
-
-    monkeypatch.setattr(dapo, "token_log_probs", small)
-    cut, cut_metrics = gradient(model, responses)
-    assert failures and dapo.MICRO_BATCH_TOKENS == 2048 / 2 ** len(failures)
-    assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
-    for name, value in metrics.items():
-        assert float(cut_metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-4), name
-
-
-def test_a_failed_attempt_leaves_no_gradient_behind(make_folder, set_constants, monkeypatch):
-    """The memory runs out only once, after some micro-batches have had their backward pass."""
-    set_constants(MICRO_BATCH_TOKENS=64)
-    model, _ = load(make_folder())
-    responses = [r for group in make_groups() for r in group]
-    whole, _ = gradient(model, responses)
-    real, calls = dapo.policy_loss, []
-
-    def fails_once(*tensors):
-        calls.append(None)
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError
-        return real(*tensors)
-
-    monkeypatch.setattr(dapo, "policy_loss", fails_once)
-    cut, _ = gradient(model, responses)
-    assert len(calls) > 6 and ((cut - whole).norm() / whole.norm()).item() < 1e-5
 
 
 def test_nan_in_one_response_costs_only_its_own_update(make_folder, set_constants, monkeypatch):
@@ -310,18 +321,18 @@ def test_nan_in_one_response_costs_only_its_own_update(make_folder, set_constant
 
         def spoiled(model, prompts, answers):
             log_probs, entropy, mask = real(model, prompts, answers)
-            rows = torch.tensor([answer is sick for answer in answers])
-            return log_probs.masked_fill(rows[:, None], math.nan), entropy, mask
+            factors = torch.tensor([[math.nan if answer is sick else 1.0] for answer in answers])
+            return log_probs * factors, entropy, mask
 
         if nan:
             monkeypatch.setattr(dapo, "token_log_probs", spoiled)
-            metrics = dapo.update(model, None, optimizer, groups, 9)
+            metrics = dapo.update_policy(model, None, optimizer, groups, 9)
             assert metrics["skipped_updates"] == 1 and all(map(math.isfinite, metrics.values()))
         else:
             monkeypatch.setattr(dapo, "token_log_probs", real)
             steps, step = [], optimizer.step
             monkeypatch.setattr(optimizer, "step", lambda: (steps.append(None), len(steps) == 2 or step()))
-            assert dapo.update(model, None, optimizer, groups, 9)["skipped_updates"] == 0 and len(steps) == 3
+            assert dapo.update_policy(model, None, optimizer, groups, 9)["skipped_updates"] == 0 and len(steps) == 3
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results) and results[0].isfinite().all()
 
@@ -360,13 +371,14 @@ def test_whole_update_by_hand(set_constants, monkeypatch):
     optimizer = torch.optim.AdamW(model.parameters(), dapo.LEARNING_RATE, weight_decay=dapo.WEIGHT_DECAY)
     monkeypatch.setattr(random, "shuffle", lambda items: None)
     group = [response(float(r > 0), r, tokens) for tokens, r in zip(answers, rewards)]
-    metrics = dapo.update(model, None, optimizer, [group], 2)
+    dapo.compare_rewards([group])
+    metrics = dapo.update_policy(model, None, optimizer, [group], 2)
 
     mean = sum(rewards) / 4
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
     advantages = [(r - mean) / (std + 1e-6) for r in rewards]
     w, m, v = [0.3, -0.2], [0.0, 0.0], [0.0, 0.0]
-    rate, held, norms, losses = 0.4 * 2 / 4, {"low": 0, "high": 0}, [], []
+    rate, held, norms, losses, entropies = 0.4 * 2 / 4, {"low": 0, "high": 0}, [], [], []
 
     def policy(w):
         total = math.exp(w[0]) + math.exp(w[1])
@@ -381,6 +393,7 @@ def test_whole_update_by_hand(set_constants, monkeypatch):
                 ratio, advantage = now[token] / old[token], advantages[i]
                 clipped = min(max(ratio, 0.98), 1.03)
                 loss -= min(ratio * advantage, clipped * advantage) / count
+                entropies.append(-sum(p * math.log(p) for p in now))
                 if advantage > 0 and ratio > 1.03 or advantage < 0 and ratio < 0.98:
                     held["high" if advantage > 0 else "low"] += 1
                 else:  # d loss / d w_j = -A ρ (1[j = token] - π_j)
@@ -388,8 +401,8 @@ def test_whole_update_by_hand(set_constants, monkeypatch):
                         grad[j] -= advantage * ratio * ((j == token) - now[j]) / count
         norm = math.hypot(*grad)
         grad = [g * min(1.0, 0.05 / (norm + 1e-6)) for g in grad]
-        norms.append(norm * count)
-        losses.append(loss * count)
+        norms.append(norm)
+        losses.append(loss)
         for j in range(2):
             m[j], v[j] = 0.9 * m[j] + 0.1 * grad[j], 0.999 * v[j] + 0.001 * grad[j] ** 2
             w[j] -= rate * 0.1 * w[j]
@@ -399,6 +412,7 @@ def test_whole_update_by_hand(set_constants, monkeypatch):
     assert held["low"] > 0 and held["high"] > 0
     assert metrics["clip_fraction/low"] == pytest.approx(held["low"] / 18)
     assert metrics["clip_fraction/high"] == pytest.approx(held["high"] / 18)
+    assert metrics["entropy"] == pytest.approx(sum(entropies) / 18, abs=1e-5)
     assert metrics["learning_rate"] == rate
-    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 18, abs=1e-5)
-    assert metrics["policy_loss"] == pytest.approx(sum(losses) / 18, abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(sum(norms) / 4, abs=1e-5)
+    assert metrics["policy_loss"] == pytest.approx(sum(losses) / 4, abs=1e-5)

@@ -1,9 +1,10 @@
-"""recipes/verl.py: what it writes, and where verl is installed, what verl itself makes of it."""
+"""tools/verl.py: what it writes, and where verl is installed, what verl itself makes of it."""
 
 import asyncio
+import itertools
 import json
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ import torch
 from conftest import ROOT, load
 
 import dapo
+from tools.verl import GPUS, argument, hydra, overrides
+from tools.verl import main as hand_over_to_verl
 
-convert = runpy.run_path(str(ROOT / "recipes/verl.py"))
 RECIPES = ("gsm8k", "dapo_math", "paper")
 
 
@@ -37,11 +39,11 @@ def rows(tmp_path):
 
 @pytest.fixture
 def hand_over(main, tmp_path, rows, monkeypatch):
-    """Runs recipes/verl.py, on the rows above; gives its folder, whose name has signs that shells and Hydra know."""
+    """Runs tools/verl.py on the rows above; gives its folder, whose name has signs that shells and Hydra know."""
 
     def hand_over(*words):
         folder = tmp_path / "verl run=1"
-        convert["main"]([*map(str, words), *rows, "--out", str(folder)])
+        hand_over_to_verl([*map(str, words), *rows, "--out", str(folder)])
         return folder
 
     return hand_over
@@ -61,10 +63,14 @@ def test_data_have_the_same_questions_and_answers(hand_over, tokenizer):
     assert (folder / "reward.py").read_text() == (ROOT / "reward.py").read_text()
 
 
+def score(data_source, solution_str, ground_truth, extra_info=None):
+    """Another reward function."""
+
+
 OTHER = dict(
     MAX_PROMPT_LENGTH=100, TRUST_REMOTE_CODE=True, OUTPUT_DIR="outputs/other", RESUME=False, SEED=7, NUM_STEPS=11,
-    EVAL_EVERY=3, EVAL_SAMPLES=4, SAVE_EVERY=6, CHECKPOINT_EVERY=2, REPORT_TO="wandb", BATCH_SIZE=64, GROUP_SIZE=6,
-    MAX_RESPONSE_LENGTH=80, TEMPERATURE=0.9, USE_DYNAMIC_SAMPLING=False, REWARD="code_reward.py:score",
+    EVAL_EVERY=3, EVAL_SAMPLES=4, SAVE_EVERY=6, CHECKPOINT_EVERY=2, BATCH_SIZE=64, GROUP_SIZE=6,
+    MAX_RESPONSE_LENGTH=80, TEMPERATURE=0.9, USE_DYNAMIC_SAMPLING=False, REWARD=score,
     OVERLONG_BUFFER_LENGTH=0, OVERLONG_PENALTY_FACTOR=0.5, CLIP_RANGE_LOW=0.1, CLIP_RANGE_HIGH=0.3,
     LOSS_AGG_MODE="seq-mean-token-sum", KL_COEF=0.02, ENTROPY_COEF=0.01, LEARNING_RATE=1e-6, WARMUP_STEPS=9,
     WEIGHT_DECAY=0.2, MAX_GRAD_NORM=0.5, DAPO_EPOCHS=2, MINI_BATCHES=8, MICRO_BATCH_TOKENS=999,
@@ -74,11 +80,10 @@ OTHER = dict(
 
 def test_each_constant_changes_its_own_keys():
     """By hand, for those that are not the same number under another name."""
-    base = {name: value for name, value in vars(dapo).items() if name.isupper()}
-    before = convert["overrides"](base)
+    before = overrides(dapo.CONSTANTS)
 
     def changed(**constants):
-        after = convert["overrides"](base | constants)
+        after = overrides(dapo.CONSTANTS | constants)
         return {key.rpartition(".")[2]: after[key] for key in after if before.get(key) != after[key]}
 
     for name, value in OTHER.items():
@@ -93,8 +98,15 @@ def test_each_constant_changes_its_own_keys():
     assert changed(KL_COEF=0.02) == {"use_kl_loss": True, "kl_loss_coef": 0.02}
     assert changed(MICRO_BATCH_TOKENS=100) == {"ppo_max_token_len_per_gpu": 256 + 96}  # of the longest response
     assert changed(OVERLONG_BUFFER_LENGTH=0) == {"enable": False, "len": 0}
-    assert changed(REWARD="a/b.py:f") == {"path": "$here/b.py", "name": "f"}
+    assert changed(REWARD=score) == {"path": "$here/test_verl.py", "name": "score"}
     assert changed(OUTPUT_DIR="/data/x") == {"default_local_dir": "/data/x", "experiment_name": "x"}
+
+
+def test_a_run_stands_for_the_model_that_it_saved_last(make_folder, tmp_path):
+    shutil.copytree(make_folder(), tmp_path / "step_3")
+    (tmp_path / "run.db").touch()
+    found = overrides(dapo.CONSTANTS | {"MODEL": str(tmp_path)})
+    assert found["actor_rollout_ref.model.path"] == str(tmp_path / "step_3")
 
 
 def test_what_verl_cannot_do_is_said_or_refused(hand_over, capsys, tmp_path):
@@ -111,7 +123,7 @@ def test_what_verl_cannot_do_is_said_or_refused(hand_over, capsys, tmp_path):
 
 def test_what_no_constant_decides():
     """So that the loss, the advantage, the filter and the sampling are those of dapo.py: by verl's documentation."""
-    found = convert["overrides"]({name: value for name, value in vars(dapo).items() if name.isupper()})
+    found = overrides(dapo.CONSTANTS)
     A = "actor_rollout_ref."
     assert {
         "algorithm.adv_estimator": "grpo", "algorithm.norm_adv_by_std_in_grpo": True,
@@ -142,13 +154,12 @@ def test_what_no_constant_decides():
     ],
 )
 def test_values_in_hydras_grammar(value, written):
-    assert convert["hydra"](value) == written
+    assert hydra(value) == written
 
 
 def test_what_the_shell_fills_in(tmp_path):
     """The folder and the environment, and nothing else; what comes out is what Hydra reads."""
-    argument = convert["argument"]
-    words = [argument("a", "$here/x y"), argument("b", "it's $HOME `ls` 模型"), argument("c", convert["GPUS"])]
+    words = [argument("a", "$here/x y"), argument("b", "it's $HOME `ls` 模型"), argument("c", GPUS)]
     script = 'here="/data/my run"; printf "%s\\n" ' + " ".join(words)
     for environment, gpus in ({"GPUS": "3"}, "3"), ({}, "8"):
         out = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
@@ -158,22 +169,20 @@ def test_what_the_shell_fills_in(tmp_path):
 @pytest.mark.parametrize("words", [[], ["--out"], ["--out="], ["--SEED=1"]])
 def test_without_a_folder_it_says_so(words, capsys):
     with pytest.raises(SystemExit) as end:
-        convert["main"](words)
+        hand_over_to_verl(words)
     assert end.value.code == 2 and "say where to: --out FOLDER" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(rows, main, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
-        convert["main"]([*rows, f"--out={tmp_path / 'file'}"])
+        hand_over_to_verl([*rows, f"--out={tmp_path / 'file'}"])
     assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 @pytest.fixture
 def verl():
-    return pytest.importorskip(
-        "verl", reason="verl is not installed: pip install verl==0.9.1 in an environment of its own"
-    )
+    return pytest.importorskip("verl", reason="verl is not installed: pip install verl==0.9.1 in its own environment")
 
 
 def composed(folder, *more):
@@ -189,16 +198,16 @@ def composed(folder, *more):
 
 @pytest.mark.parametrize("recipe", ["", *RECIPES])
 def test_verl_accepts_every_key(recipe, verl, hand_over, tmp_path):
-    words = [ROOT / f"recipes/{recipe}.py"] if recipe else [f"--{name}={value}" for name, value in OTHER.items()]
     (tmp_path / "code_reward.py").write_text("def score(data_source, solution_str, ground_truth, extra_info=None): 0")
-    words = [str(word).replace("=code_reward", f"={tmp_path}/code_reward") for word in words]
+    others = OTHER | {"REWARD": f"{tmp_path}/code_reward.py:score"}
+    words = [ROOT / f"recipes/{recipe}.py"] if recipe else [f"--{name}={value}" for name, value in others.items()]
     folder = hand_over(*words)
     config = composed(folder)
     from omegaconf import OmegaConf
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    for key, value in convert["overrides"](vars(dapo)).items():
+    for key, value in overrides(vars(dapo)).items():
         found = OmegaConf.select(config, key.lstrip("+"))
         found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
         expected = str(value).replace("$here", str(folder)) if isinstance(value, str) else value
@@ -216,7 +225,7 @@ def test_verl_reads_the_same_prompts(verl, hand_over, make_folder):
         if not template:
             (model / "chat_template.jinja").unlink()
         folder = hand_over(f"--MODEL={model}", "--PROMPT_TEMPLATE=Solve it: {question}")
-        config, tokenizer = composed(folder), dapo.load_tokenizer(model)
+        config, tokenizer = composed(folder), load(model)[1]
         questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)
         if custom := config.actor_rollout_ref.model.custom_chat_template:
             tokenizer.chat_template = custom
@@ -228,7 +237,7 @@ def test_verl_reads_the_same_prompts(verl, hand_over, make_folder):
             assert ids["input_ids"] == question.prompt.tolist()
 
 
-def test_verl_gives_the_same_rewards(verl, hand_over, make_folder, set_constants):
+def test_verl_gives_the_same_rewards(verl, hand_over, make_folder):
     """Its loader of reward.py and its DAPO reward manager, on responses of every length, right and wrong."""
     from tensordict import TensorDict
     from verl import DataProto
@@ -249,11 +258,11 @@ def test_verl_gives_the_same_rewards(verl, hand_over, make_folder, set_constants
             if len(ids) <= length:
                 tokens.append(torch.cat([ids[:1].new_full([length - len(ids)], 9), ids]))
     decoded = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    verdicts = dapo.record.judge(dapo.REWARD, [question] * len(tokens), decoded)
-    ours = [
-        dapo.reward_response(question, ids, text, False, verdict).reward
-        for ids, text, verdict in zip(tokens, decoded, verdicts)
-    ]
+    asked = [question] * len(tokens)
+    judged = zip(asked, tokens, decoded, itertools.repeat(False), *dapo.judge(asked, decoded))
+    responses = list(itertools.starmap(dapo.Response, judged))
+    dapo.shape_rewards([responses])
+    ours = [response.reward for response in responses]
 
     async def verls(manager, ids):
         mask = torch.ones(1, len(question.prompt) + len(ids) + 3, dtype=torch.long)

@@ -1,46 +1,45 @@
-"""Hands a run over to verl, for more than one GPU: the same constants, data and reward in verl's form.
+"""Hands a run over to verl, for more than one GPU: the same constants, data, and reward in verl's form.
 
-    python recipes/verl.py recipes/paper.py --out verl_run
+    python -m tools.verl recipes/paper.py --out verl_run
     GPUS=8 NODES=16 bash verl_run/run.sh
 
 The folder gets train.parquet and test.parquet, the reward function's file, and run.sh, which starts verl's trainer, and
-with it Ray, FSDP and vLLM. It is for verl 0.9.1: tests/test_verl.py asks its configuration, data set class and reward
-manager. A training run on GPUs has not been made. README has the table of constants and keys, and what is left out.
+with it Ray, FSDP, and vLLM. It is for verl 0.9.1: tests/test_verl.py asks verl's configuration, data set class, and
+reward manager. A training run on GPUs has not been made. README lists constants, their keys, and what is left out.
 """
 
+import argparse
+import inspect
 import math
 import os
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path = [path for path in sys.path if Path(path).resolve() != ROOT / "recipes"]  # else this file would be `verl`
-sys.path.insert(0, str(ROOT))
+from pyarrow import Table, parquet
+from transformers import AutoTokenizer
 
-import dapo  # noqa: E402
-from dapo import record  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
+import dapo
 
 HERE = "$here"  # in run.sh, the folder it lies in
 FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "${GPUS:-8}", "${NODES:-1}", "${TENSOR_PARALLEL:-1}"
 WITHOUT_COUNTERPART = {"RETRY_SAME_QUESTION": False, "REST_EPOCHS": 0, "USE_OVERLONG_FILTERING": False}
 
 
-def verl_rows(sources, split, c):
+def verl_rows(sources, split):
     """Rows in verl's schema: what is asked as chat messages, and the ground truth for the reward manager."""
-    rows = []
+    rows, template = [], dapo.TEMPLATES.get(dapo.PROMPT_TEMPLATE, dapo.PROMPT_TEMPLATE)
     for source in sources:
-        for messages, answer in record.load_rows(source):
-            asked = record.with_template(messages, c)
+        for messages, answer in dapo.load_rows(source):
+            question = messages[-1]["content"]
+            asked = [*messages[:-1], messages[-1] | {"content": template.replace("{question}", question)}]
             row = {
                 "data_source": source["path"],
                 "prompt": [{"role": message["role"], "content": message["content"]} for message in asked],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": answer},
-                "extra_info": {"split": split, "index": len(rows), "question": messages[-1]["content"]},
+                "extra_info": {"split": split, "index": len(rows), "question": question},
             }
             rows.append(row)
     return rows
@@ -49,10 +48,10 @@ def verl_rows(sources, split, c):
 def overrides(c):
     """{verl's key: value} of the constants c. A key with a + is not in verl's own configuration."""
     length = c["MAX_PROMPT_LENGTH"] + c["MAX_RESPONSE_LENGTH"]
-    path, _, function = c["REWARD"].rpartition(":")
+    model = dapo.saved_model(c["MODEL"])
     found = {
         # Model and data
-        "actor_rollout_ref.model.path": os.path.abspath(c["MODEL"]) if os.path.isdir(c["MODEL"]) else c["MODEL"],
+        "actor_rollout_ref.model.path": os.path.abspath(model) if os.path.isdir(model) else model,
         "actor_rollout_ref.model.trust_remote_code": c["TRUST_REMOTE_CODE"],
         "data.trust_remote_code": c["TRUST_REMOTE_CODE"],
         "data.train_files": f"{HERE}/train.parquet",
@@ -80,7 +79,7 @@ def overrides(c):
         "trainer.default_local_dir": os.path.join(HERE, c["OUTPUT_DIR"]),
         "trainer.experiment_name": Path(c["OUTPUT_DIR"]).name,
         "trainer.project_name": "dapo",
-        "trainer.logger": ["console", *record.mirrors_of(c)],
+        "trainer.logger": ["console"],
         "trainer.resume_mode": "auto" if c["RESUME"] else "disable",
         # Sampling
         "data.train_batch_size": c["BATCH_SIZE"],
@@ -90,12 +89,12 @@ def overrides(c):
         "actor_rollout_ref.rollout.temperature": c["TEMPERATURE"],
         "actor_rollout_ref.rollout.top_p": 1.0,
         "actor_rollout_ref.rollout.top_k": -1,
-        # Dynamic sampling: by accuracy, as the shaped reward makes a difference between wrong answers
+        # Dynamic sampling: by accuracy, because the shaped reward sets wrong answers apart, too
         "algorithm.filter_groups.enable": c["USE_DYNAMIC_SAMPLING"],
         "algorithm.filter_groups.metric": "acc",
         # Reward
-        "reward.custom_reward_function.path": f"{HERE}/{Path(path).name}",
-        "reward.custom_reward_function.name": function,
+        "reward.custom_reward_function.path": f"{HERE}/{Path(inspect.getfile(c['REWARD'])).name}",
+        "reward.custom_reward_function.name": c["REWARD"].__qualname__,
         "reward.reward_manager.name": "dapo",
         "+reward.reward_kwargs.max_resp_len": c["MAX_RESPONSE_LENGTH"],
         "+reward.reward_kwargs.overlong_buffer_cfg.enable": c["OVERLONG_BUFFER_LENGTH"] > 0,
@@ -108,7 +107,7 @@ def overrides(c):
         "algorithm.use_kl_in_reward": False,
         "actor_rollout_ref.actor.clip_ratio_low": c["CLIP_RANGE_LOW"],
         "actor_rollout_ref.actor.clip_ratio_high": c["CLIP_RANGE_HIGH"],
-        "actor_rollout_ref.actor.clip_ratio_c": 1e9,  # so that verl's dual clip, which no paper here has, never bites
+        "actor_rollout_ref.actor.clip_ratio_c": 1e9,  # so verl's dual clip, which no paper here has, never bites
         "actor_rollout_ref.actor.loss_agg_mode": c["LOSS_AGG_MODE"],
         "actor_rollout_ref.actor.use_kl_loss": c["KL_COEF"] > 0,
         "actor_rollout_ref.actor.kl_loss_coef": c["KL_COEF"],
@@ -131,17 +130,20 @@ def overrides(c):
         "trainer.nnodes": NODES,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": TENSOR_PARALLEL,
     }
-    if template := chat_template(c):
+    if template := chat_template(model, c["TRUST_REMOTE_CODE"]):
         found["actor_rollout_ref.model.custom_chat_template"] = template
     return found
 
 
-def chat_template(c):
-    """verl has to have one. For a tokenizer without: one that gives the ids dapo.read_prompt gives. None where it has
-    one, and for a model on the Hub, which is not looked at here: nearly all have."""
-    if not os.path.isdir(c["MODEL"]):
+def chat_template(model, trust_remote_code):
+    """A chat template for a tokenizer without one, which gives the ids of dapo.read_prompt, because verl needs one.
+
+    None where there is one, and for a model on the Hub, which we do not look at: nearly all have one.
+    """
+    if not os.path.isdir(model):
         return None
-    tokenizer = record.from_pretrained(AutoTokenizer, c["MODEL"], trust_remote_code=c["TRUST_REMOTE_CODE"])
+    with dapo.explained(f"MODEL={model} has no tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template:
         return None
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -156,8 +158,8 @@ def argument(key, value):
 
 
 def hydra(value):
-    """A value in Hydra's grammar. Texts are quoted, else 2 were a number and 模型 an error; what would end a text or be
-    filled in is escaped."""
+    """A value in Hydra's grammar. Text is quoted, because 2 would be a number and 模型 an error; in it, we escape what
+    would end it or be filled in."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra, value))}]"
     if not isinstance(value, str):
@@ -168,10 +170,10 @@ def hydra(value):
 
 RUN = """\
 #!/usr/bin/env bash
-# Written by recipes/verl.py for verl 0.9.1, which needs on every node:
+# Written by tools/verl.py for verl 0.9.1, which every node needs:
 #     pip install "verl[vllm,fsdp]==0.9.1" math-verify
-# GPUS (a node), NODES and TENSOR_PARALLEL (GPUs that hold one copy of the model in sampling) are taken from the
-# environment, and further settings of verl's from the command line.
+# The environment sets GPUS (of each node), NODES, and TENSOR_PARALLEL (GPUs that hold one copy of the model in
+# sampling), and the command line may give further settings of verl.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python3 -m verl.trainer.main_ppo \\
@@ -179,43 +181,33 @@ python3 -m verl.trainer.main_ppo \\
 
 
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with record.plain_endings():
-        if {"-h", "--help"} & set(argv):
-            print(__doc__)
-            return
-        out = next((word for word in argv if word == "--out" or word.startswith("--out=")), None)
-        if out in (None, "--out=") or argv[-1] == "--out":
-            record.fail("say where to: --out FOLDER")
-        folder = out.partition("=")[2] if "=" in out else argv.pop(argv.index(out) + 1)
-        argv.remove(out)
-        record.read_command_line(argv, vars(dapo))
-        write(Path(folder), vars(dapo))
-
-
-def write(folder, c):
-    function = record.load_reward(c["REWARD"])
-    if record.takes_batches(record.inspect.signature(function)):
-        record.fail(f"REWARD={c['REWARD']} takes lists, but verl's DAPO reward manager asks for one response at a time")
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m tools.verl", description=__doc__, **form)
+    parser.add_argument("--out", nargs="?", metavar="FOLDER", help="the folder to write")
+    options, words = parser.parse_known_args(argv)
+    if not options.out:
+        dapo.fail("say where to: --out FOLDER")
+    for word in dapo.read_command_line(words):
+        dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
+    if "solution_strs" in inspect.signature(dapo.REWARD).parameters:
+        dapo.fail(f"REWARD={dapo.text_of(dapo.REWARD)} takes lists, but verl's reward manager gives it one response")
     for name, usual in WITHOUT_COUNTERPART.items():
-        if c[name] != usual:
-            record.say(f"{name}={c[name]} has no counterpart in verl: left out")
-    settings = overrides(c)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(c["REWARD"].rpartition(":")[0], folder)
-        for name, split, sources in (
-            ("train.parquet", "train", c["TRAIN_DATASETS"]),
-            ("test.parquet", "test", c["EVAL_DATASETS"]),
-        ):
-            rows = verl_rows(sources, split, c)
-            record.datasets.Dataset.from_list(rows).to_parquet(folder / name)
-            record.say(f"{folder / name}: {len(rows)} questions")
-        lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
-        (folder / "run.sh").write_text(RUN + "".join(lines) + '    "$@"\n', encoding="utf-8")
-    except OSError as error:
-        record.fail(f"--out {folder} cannot be written: {error.strerror or error}")
-    record.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
+        if getattr(dapo, name) != usual:
+            dapo.say(f"{name}={getattr(dapo, name)} has no counterpart in verl: left out")
+    with dapo.explained(f"--out {options.out} cannot be written"):
+        write(Path(options.out), overrides(vars(dapo)))
+
+
+def write(folder, settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(inspect.getfile(dapo.REWARD), folder)
+    for split, sources in ("train", dapo.TRAIN_DATASETS), ("test", dapo.EVAL_DATASETS):
+        rows = verl_rows(sources, split)
+        parquet.write_table(Table.from_pylist(rows), folder / f"{split}.parquet")
+        dapo.say(f"{folder / split}.parquet: {len(rows)} questions")
+    lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
+    (folder / "run.sh").write_text(RUN + "".join(lines) + '    "$@"\n', encoding="utf-8")
+    dapo.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Puts what you type to a model, each question by itself as in training, and prints its response as it comes.
+
+    python -m tools.chat [recipe.py] [MODEL_OR_RUN_FOLDER] [--NAME=VALUE ...]
+
+    python -m tools.chat outputs/dapo --TEMPERATURE=0.7
+
+The folder of a run stands for the model that it saved last; without a folder, MODEL answers. What is said is kept in
+the run's run.db, in the table `chat`.
+"""
+
+import contextlib
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import dapo  # isort: skip  (before torch, for Windows)
+import torch
+from transformers import TextStreamer
+
+from reward import extract_answer
+from tools.evaluate import model_in
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if "-h" in words or "--help" in words:
+        dapo.say(__doc__)
+        return
+    try:
+        first, *others = dapo.read_command_line(words) or [dapo.MODEL]
+        if others:
+            dapo.fail(f"one model answers at a time, not also {', '.join(others)}")
+        chat(model_in(first))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def chat(path):
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  (arrow keys in what is typed)
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
+    model, tokenizer = dapo.load_model(path)
+    limit, temperature = dapo.MAX_RESPONSE_LENGTH, dapo.TEMPERATURE
+    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": limit}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
+    dapo.say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; Ctrl-D ends it")
+    dapo.say(f"this talk is kept in {history}" if history else "this talk is not kept: the model is not a run's")
+    for question in questions_typed():
+        ids = torch.tensor([dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])], device=model.device)
+        if ids.shape[1] > dapo.MAX_PROMPT_LENGTH:
+            dapo.say(f"[too long: {ids.shape[1]} tokens, but MAX_PROMPT_LENGTH is {dapo.MAX_PROMPT_LENGTH}]")
+            continue
+        with dapo.autocast(model):
+            response = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+        response = response[0, ids.shape[1] :]
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        answer, ended = extract_answer(text), response[-1].item() in model.generation_config.eos_token_id
+        dapo.say(f"[answer: {answer or 'none'}; {len(response)} tokens{'' if ended else ', cut off'}]")
+        if history:
+            keep(history, time.strftime("%Y-%m-%d %H:%M:%S"), path, question, text, answer)
+
+
+def questions_typed():
+    """The lines of the standard input that are not blank."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def keep(history, *row):
+    try:
+        with contextlib.closing(sqlite3.connect(history)) as db, db:
+            db.execute("CREATE TABLE IF NOT EXISTS chat (time, model, question, response, answer)")
+            db.execute("INSERT INTO chat VALUES (?, ?, ?, ?, ?)", row)
+    except sqlite3.Error as error:  # a full disk, or no database any more
+        dapo.say(f"[not kept in {history}: {error}]")
+
+
+if __name__ == "__main__":
+    main()
