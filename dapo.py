@@ -9,17 +9,17 @@ The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 
     1. sample   GROUP_SIZE responses to each of BATCH_SIZE questions, and judge their final answers by rule (eq. 7)
     2. filter   drop every group that is all right or all wrong, and sample new questions in its place (eq. 11)
     3. shape    lower the reward of a response that comes close to the length limit (eq. 13)
-    4. compare  each reward with the others in its group: the difference is the advantage (eq. 9)
-    5. update   the policy by PPO's clipped objective, with more room upward than downward (eq. 10), averaged over
-                tokens instead of responses (eq. 12)
+    4. compare  each reward with its group's mean, in standard deviations: this is the advantage (eq. 9)
+    5. update   the policy by PPO's clipped objective, with more room upward than downward, so that rare tokens can grow
+                (eq. 10), averaged over tokens instead of responses (eq. 12)
 
-GRPO is the same without 2 and 3 and without the two changes in 5, but with a KL penalty. We leave out training on more
-than one GPU, sampling engines such as vLLM, and the second clip ("dual clip") that the authors' code adds to eq. 10.
+GRPO, which DAPO improves on, omits 2 and 3 and the two changes in 5, and adds a KL penalty. We leave out training on
+more than one GPU, sampling engines such as vLLM, and the second clip ("dual clip") that the authors' code has.
 
 Words:
-    policy     the language model, as something that chooses the next token; training changes its probabilities
+    policy π   the language model, as something that chooses the next token; training changes its probabilities
     reward     one number for a whole response: 1 if its final answer is right, -1 if it is wrong
-    advantage  how much better a response did than its group, all responses to one question; it can be negative
+    advantage  how much better a response did than its group, all responses to one question; each of its tokens gets it
     ratio ρ    the probability of a token now, divided by its probability when it was sampled
     clip       stops pushing a token once its ratio has moved far enough from 1
     entropy    how undecided the policy is about the next token, in nats
@@ -68,7 +68,7 @@ from reward import compute_score, overlong_penalty
 # ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
 
 # Model and data
-MODEL = "toy"  # folder or Hub name of a causal language model; the folder of a run: the model it saved last
+MODEL = "toy"  # folder or Hub name of a causal language model, or a run's folder, for the model that it saved last
 TRAIN_DATASETS = [  # path: file or Hub name; type: parquet, json, csv, or hub; input, output: columns, dotted if nested
     {"path": "toy/train.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
@@ -81,13 +81,13 @@ TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may b
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is renamed, not overwritten
 RESUME = True  # resume an interrupted run in it; False: always start a new one
 DEVICE = ""  # cpu, cuda, or mps; empty: the best one available
-SEED = 0  # of every random choice
+SEED = 0  # seeds every random choice
 
 # Length of the run
 NUM_STEPS = 40  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data if NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample response and a new picture
-EVAL_SAMPLES = 1  # k: above 1, avg@k at TEMPERATURE is measured besides greedy accuracy
+EVAL_SAMPLES = 1  # k: above 1, avg@k at TEMPERATURE is measured in addition to greedy accuracy
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
 
@@ -95,41 +95,41 @@ CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
 BATCH_SIZE = 32  # questions per step
 GROUP_SIZE = 8  # responses per question
 MAX_RESPONSE_LENGTH = 96  # tokens, including the end token
-TEMPERATURE = 1.0  # of the policy, wherever it is sampled or scored
+TEMPERATURE = 1.0  # logits are divided by it, in sampling and in training; below 1, likely tokens become likelier
 GENERATION_BATCH = 1024  # responses sampled at a time, in whole groups; lower it if memory runs out while sampling
-DECODE_STAGE = 8  # tokens decoded before the responses that have ended leave the batch
+DECODE_STAGE = 8  # tokens output at a time; then the responses that have ended leave the batch
 USE_DYNAMIC_SAMPLING = True  # replace groups that are all right or all wrong (GRPO: False)
-MAX_GEN_BATCHES = 10  # rounds of sampling per step, at most, of up to BATCH_SIZE questions each
-RETRY_SAME_QUESTION = False  # replace such a group by a new try at its question, which is not the paper's way
-REST_EPOCHS = 0  # epochs in which the question of such a group is not asked again
+MAX_GEN_BATCHES = 10  # at most this many rounds of sampling per step, each of up to BATCH_SIZE questions
+RETRY_SAME_QUESTION = False  # sample the same question again instead of a new one; the paper does not
+REST_EPOCHS = 0  # epochs for which the question of such a group is skipped
 
 # Reward
 REWARD = compute_score  # judges a response; has the parameters of verl's reward functions; or "file.py:function"
-OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit over which the punishment grows; 0: none (GRPO: 0)
+OVERLONG_BUFFER_LENGTH = 32  # tokens before the limit over which the penalty grows; 0: no penalty (GRPO: 0)
 OVERLONG_PENALTY_FACTOR = 1.0  # reward taken off at the limit
-USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but in their group's baseline
+USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but not out of their group's mean
 
 # Loss
-CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its probability is 1 - this times the old one
-CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until its probability is 1 + this times the old one (GRPO: 0.2)
+CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its ratio ρ is 1 - this
+CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until its ratio ρ is 1 + this (GRPO: 0.2)
 LOSS_AGG_MODE = "token-mean"  # or seq-mean-token-sum, or seq-mean-token-mean (GRPO)
-KL_COEF = 0.0  # weight of the divergence from the base model (GRPO: above 0)
+KL_COEF = 0.0  # weight of the KL penalty (GRPO: above 0)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 
 # Update
 LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, with 32 billion parameters: 1e-6)
 WARMUP_STEPS = 5  # steps over which the learning rate rises to it
 WEIGHT_DECAY = 0.1  # of AdamW
-MAX_GRAD_NORM = 1.0  # a longer gradient is scaled down to this length
+MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to this
 DAPO_EPOCHS = 1  # passes over each batch
-MINI_BATCHES = 16  # optimizer steps in one pass over a full batch
-MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, padding included; lower it if memory runs out
+MINI_BATCHES = 16  # parts that a full batch is cut into, for one optimizer step each
+MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, with padding; lower it if memory runs out
 GRADIENT_CHECKPOINTING = False  # keep only each layer's input and compute the layer again: less memory, more time
 LOGITS_CHUNK = 2**25  # logits computed at a time: 0.125 GiB, and several times that while they are worked on
 
-CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}  # as they are shipped
+CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}  # the defaults
 
-# ---- The loop -------------------------------------------------------------------------------------------------------
+# ---- The loop; helpers that you miss here are below the algorithm ---------------------------------------------------
 
 
 def train():
@@ -145,7 +145,7 @@ def train():
             if run.step % EVAL_EVERY == 0:
                 run.record(evaluate(model, tokenizer, held_out))
             metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, run.step + 1)
-            if sampled:  # else all questions that were left are resting
+            if sampled:  # else the stream has ended, and the run is over
                 run.step += 1
                 run.record(metrics, sampled)
         run.save_if_due(last=True)
@@ -155,7 +155,7 @@ def train():
 
 def train_step(model, base, tokenizer, optimizer, stream, step):
     """One step of DAPO. Returns its metrics, and all groups that it sampled: none if the stream has ended."""
-    set_seed("step", step)  # of its own, so that a resumed run only has to know which step is next
+    set_seed("step", step)  # each step has its own seed, so a resumed run needs only the number of the next step
     start, groups, sampled, again, rounds = time.perf_counter(), [], [], [], 0
     while len(groups) < BATCH_SIZE and rounds < MAX_GEN_BATCHES:
         keep_rate = (len(groups) + 1) / (len(sampled) + 1)  # so far, and never 0
@@ -169,8 +169,8 @@ def train_step(model, base, tokenizer, optimizer, stream, step):
         again = [group[0].question for group in dropped] if RETRY_SAME_QUESTION else []
     if not sampled:
         return {}, []
-    batch = groups[:BATCH_SIZE]  # the surplus is not saved for the next step, whose policy is another one
-    shape_rewards(sampled)  # 3. shape; those in the batch are among them
+    batch = groups[:BATCH_SIZE]  # the surplus is not kept for the next step: the policy will have changed
+    shape_rewards(sampled)  # 3. shape; the batch is among them, and the metrics show them all
     compare_rewards(batch)  # 4. compare
     metrics = sampling_metrics(sampled, groups, batch, rounds, time.perf_counter() - start)
     metrics |= update_policy(model, base, optimizer, batch, step)  # 5. update
@@ -178,19 +178,19 @@ def train_step(model, base, tokenizer, optimizer, stream, step):
     return metrics | {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}, sampled
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # compared by identity, as tensors cannot be
 class Question:
     text: str
     answer: str  # the ground truth
     source: str  # the path of its data set
     prompt: torch.Tensor  # (P,) token ids, as the model reads them
-    rests: int = 0  # epochs in which it is still not to be asked
+    rests: int = 0  # epochs for which it is still skipped
 
 
 @dataclass(eq=False)
 class Response:
     question: Question
-    tokens: torch.Tensor  # (T,) ids as sampled, through the end token; never decoded and tokenized again
+    tokens: torch.Tensor  # (T,) ids as sampled, through the end token; never output and tokenized again
     text: str
     truncated: bool  # cut off by MAX_RESPONSE_LENGTH
     accuracy: float  # 1 right, 0 wrong
@@ -221,32 +221,33 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
 def sample_tokens(model, prompts, group_size=1, greedy=False):
     """B prompts, (P,) token ids each → B·G responses, (T,) token ids each, through their first end token.
 
-    With each prompt repeated G times, one call would do the same, in 2.5 to 6 times the time:
+    With each prompt repeated G times, one call would do the same, but on a CPU it takes 2.5 to 6 times as long:
 
         model.generate(ids, attention_mask=mask, do_sample=True, temperature=TEMPERATURE, top_k=0,
                        max_new_tokens=MAX_RESPONSE_LENGTH)
 
     It reads each prompt G times, and keeps every row until the longest response has ended. So we read each prompt once,
-    copy its cache to the rows of its group, call generate for DECODE_STAGE tokens at a time, and drop ended rows (E):
+    copy its cache to the rows of its group, call generate for DECODE_STAGE tokens at a time, and drop ended rows:
 
-        ids   _ _ a b c         ids   _ _ a b c 5 6         ids   _ _ a b c 5 6         mask      0 0 1 1 1 1 1
-              p q r s t               p q r s t 7 E                                     position  0 0 0 1 2 3 4
-        two prompts             after one stage             before the next one         padding (_) does not count
+        prompts       after a stage     before the next     G = 1, a stage is 2 tokens, _ is padding, E the end token
+        _ _ a b c     _ _ a b c 5 6     _ _ a b c 5 6       mask      0 0 1 1 1 1 1
+        p q r s t     p q r s t 7 E                         position  0 0 0 1 2 3 4
     """
     pad, ends = model.generation_config.pad_token_id, model.generation_config.eos_token_id
-    # top_k=0 because the default is 50, and we have to sample from the distribution that token_log_probs scores.
+    # top_k=0: any token can be sampled, not only the 50 likeliest (the default), as token_log_probs assumes.
     method = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
     ids = pad_sequence(prompts, True, pad, "left").to(model.device)  # (B, P), so that all responses begin together
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(model.device)  # (B, P)
-    cache, width = empty_cache(model), ids.shape[1]
+    cache, width = new_cache(model), ids.shape[1]  # generate computes only what is not in the cache yet
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(group_size)  # the prompt of each response
-    responses, live = [[] for _ in rows], list(range(len(rows)))  # live: the response in each row of ids, mask, cache
+    live = list(range(len(rows)))  # the response in each row of ids, mask, and cache
+    responses = [[] for _ in live]
     with autocast(model):
-        if width > 1:  # all but the last token: generate reads that one to sample the next
+        if width > 1:  # all but the last token, which generate has to read to sample the next
             positions = mask.cumsum(1).sub(1).clamp(min=0)
-            model.base_model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
+            model.get_decoder()(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
         for start in range(0, MAX_RESPONSE_LENGTH, DECODE_STAGE):
-            if len(rows) != len(ids):
+            if len(rows) != len(ids):  # at first to a row per response, later to the rows that have not ended
                 ids, mask = ids[rows], mask[rows]
                 cache.reorder_cache(rows)
             stage = min(DECODE_STAGE, MAX_RESPONSE_LENGTH - start)
@@ -267,25 +268,22 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
 
 
 def filter_groups(groups):
-    """Dynamic sampling (eq. 11): the groups with 0 < right answers < G, and the even ones, which teach nothing.
-    Accuracy decides, not the shaped reward: the overlong penalty sets wrong answers apart, too, but teaches little."""
+    """Dynamic sampling (eq. 11): returns the groups with 0 < right answers < G, and those all right or all wrong, whose
+    advantages would be 0. Accuracy decides, not the shaped reward: the overlong penalty gives all-wrong groups unequal
+    rewards, too, but they teach little."""
     if not USE_DYNAMIC_SAMPLING:
         return groups, []
-    even = [group for group in groups if len({response.accuracy for response in group}) == 1]
+    uniform = [group for group in groups if len({response.accuracy for response in group}) == 1]
     for group in groups:
-        group[0].question.rests = REST_EPOCHS if group in even else 0
-    return [group for group in groups if group not in even], even
+        group[0].question.rests = REST_EPOCHS if group in uniform else 0
+    return [group for group in groups if group not in uniform], uniform
 
 
 def shape_rewards(groups):
-    """Adds the soft overlong punishment (eq. 13) to each reward. It falls over the last OVERLONG_BUFFER_LENGTH tokens:
-
-    0 ___________
-                 \\____ -OVERLONG_PENALTY_FACTOR, at MAX_RESPONSE_LENGTH
-    """
-    limits = MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR
+    """Adds the soft overlong penalty (eq. 13) to each reward: here 0 up to token 64, -0.5 at 80, and -1 at 96."""
     for response in itertools.chain(*groups):
-        response.reward += overlong_penalty(len(response.tokens), *limits)
+        limit, buffer, factor = MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR
+        response.reward += overlong_penalty(len(response.tokens), limit, buffer, factor)
 
 
 def compare_rewards(groups):
@@ -302,8 +300,8 @@ def group_advantages(rewards):
     With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros.
     """
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    even = (rewards == rewards[:, :1]).all(1, keepdim=True)  # the tiny std would blow up rounding errors in the mean
-    return advantages.masked_fill(even, 0.0)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # division by 1e-6 would magnify rounding errors
+    return advantages.masked_fill(equal, 0.0)
 
 
 # ---- 5. Update ------------------------------------------------------------------------------------------------------
@@ -312,52 +310,53 @@ def group_advantages(rewards):
 def update_policy(model, base, optimizer, groups, step):
     """Trains the model on the groups: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Returns the metrics."""
     responses = [r for r in itertools.chain(*groups) if not (USE_OVERLONG_FILTERING and r.truncated)]
+    if not responses:
+        return {}
     random.shuffle(responses)
     count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer steps for fewer responses
-    mini_batches = [responses[first::count] for first in range(count)]
-    store_log_probs(model, responses, "old_log_probs")  # before the first optimizer step
+    mini_batches = [responses[first::count] for first in range(count)]  # each takes every count-th response
+    store_log_probs(model, responses, "old_log_probs")  # scored as in the update, so that ratios are 1 at first
     if KL_COEF:
         store_log_probs(base, responses, "base_log_probs")
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
-    sums, skipped = Counter(), 0
+    sums, skipped = Counter(), 0  # Counter.update adds, where dict.update would replace
     for mini_batch in mini_batches * DAPO_EPOCHS:  # each step changes the policy, so ratios leave 1 after the first
         losses, token_sums = accumulate_gradients(model, mini_batch)
-        losses["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        if losses["grad_norm"].isfinite():
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if grad_norm.isfinite():
             optimizer.step()
-            sums.update({**losses, **token_sums}, updates=1)
+            sums.update({**losses, **token_sums, "grad_norm": grad_norm, "updates": 1})
         else:
             skipped += 1
         optimizer.zero_grad()
     tokens, updates = sums.pop("tokens", 0), sums.pop("updates", 0)
     means = {name: float(sums[name]) / (tokens if name in token_sums else updates) for name in sums}
-    return means | {"learning_rate": learning_rate, "skipped_updates": skipped} if responses else {}
+    return means | {"learning_rate": learning_rate, "skipped_updates": skipped}
 
 
 def accumulate_gradients(model, mini_batch):
-    """Adds up the gradients of one mini-batch, one micro-batch at a time, each as large as fits into memory.
+    """Adds up the gradients of a mini-batch, one micro-batch of at most MICRO_BATCH_TOKENS tokens at a time.
 
-    Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its own.
+    Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its loss.
     With a mean of micro-batch means, a token's weight would depend on which others are in its micro-batch. Returns the
     losses, and sums over tokens of the other metrics.
     """
     count = sum(len(response.tokens) for response in mini_batch)
     denominator = count if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
     losses, token_sums = Counter(), Counter(tokens=count)
-    for batch in micro_batches(mini_batch):
-        prompts, tokens = [response.question.prompt for response in batch], [response.tokens for response in batch]
-        log_probs, entropy, mask = token_log_probs(model, prompts, tokens)  # (B, T) each
-        old_log_probs = pad_sequence([response.old_log_probs for response in batch], True)  # (B, T)
-        advantages = torch.tensor([response.advantage for response in batch], device=model.device)  # (B,)
+    for micro_batch in micro_batches(mini_batch):
+        log_probs, entropy, mask = score(model, micro_batch)  # (B, T) each
+        old_log_probs = pad_sequence([response.old_log_probs for response in micro_batch], True)  # (B, T)
+        advantages = torch.tensor([response.advantage for response in micro_batch], device=model.device)  # (B,)
         terms = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages, mask), "entropy_loss": -entropy}
         if KL_COEF:
-            terms["kl"] = kl_to_base(log_probs, pad_sequence([response.base_log_probs for response in batch], True))
-        terms = {name: aggregate_loss(term, mask, LOSS_AGG_MODE, denominator) for name, term in terms.items()}
-        loss = terms["policy_loss"] + KL_COEF * terms.get("kl", 0) + ENTROPY_COEF * terms["entropy_loss"]
+            terms["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in micro_batch], True))
+        parts = {name: aggregate_loss(term, mask, LOSS_AGG_MODE, denominator) for name, term in terms.items()}
+        loss = parts["policy_loss"] + KL_COEF * parts.get("kl", 0) + ENTROPY_COEF * parts["entropy_loss"]
         loss.backward()
-        low, high = clipped_tokens(log_probs, old_log_probs, advantages, mask)
+        low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages, mask)
         sums = {"entropy": entropy.detach() * mask, "clip_fraction/low": low, "clip_fraction/high": high}
-        losses.update({name: term.detach() for name, term in terms.items()})
+        losses.update({name: part.detach() for name, part in parts.items()})
         token_sums.update({name: values.sum() for name, values in sums.items()})
     return losses, token_sums
 
@@ -365,9 +364,9 @@ def accumulate_gradients(model, mini_batch):
 def policy_loss(log_probs, old_log_probs, advantages, mask):
     """(B, T), (B, T), (B,), (B, T) → (B, T): max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)), with clip-higher (eq. 10).
 
-    At ρ = 1 the loss is -A. Making a good token (A > 0) likelier lowers it until ρ = 1 + high, and making a bad token
-    less likely does until ρ = 1 - low; beyond, the loss is constant and has no gradient. But if a token has moved the
-    other way, the maximum is the unclipped term, and the token is pulled back.
+    This is minus the paper's objective, hence max for its min. At ρ = 1 the loss is -A. It falls while a good token
+    (A > 0) becomes likelier, until ρ = 1 + high, or a bad one less likely, until ρ = 1 - low. Beyond, it is constant,
+    without a gradient. But if a token has moved the other way, the maximum is the unclipped term: it is pulled back.
     """
     ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
     clipped = ratio.clamp(1 - CLIP_RANGE_LOW, 1 + CLIP_RANGE_HIGH)
@@ -375,19 +374,18 @@ def policy_loss(log_probs, old_log_probs, advantages, mask):
 
 
 def probability_ratio(log_probs, old_log_probs, mask):
-    """ρ = π(token) / π_old(token), (B, T) each; 1 at padding. The clamp keeps a single token from overflowing."""
+    """ρ = π(token) / π_old(token), (B, T) each; 1 at padding. The clamp prevents overflow in exp."""
     return ((log_probs - old_log_probs) * mask).clamp(-20, 20).exp()
 
 
 def clipped_tokens(log_probs, old_log_probs, advantages, mask):
-    """Two (B, T) masks: the tokens that the lower end of the clip range holds back, and those of the upper end."""
+    """Two (B, T) masks: the tokens without a gradient, clipped at the lower bound and at the upper."""
     ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
     return (advantages < 0) & (ratio < 1 - CLIP_RANGE_LOW), (advantages > 0) & (ratio > 1 + CLIP_RANGE_HIGH)
 
 
 def kl_to_base(log_probs, base_log_probs):
-    """(B, T), (B, T) → (B, T): r - 1 - log r, r = π_base / π: an estimate of KL(π ‖ π_base), never negative, called k3.
-    The tokens were sampled from π, which is why π is the denominator."""
+    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π, an estimate of KL(π ‖ π_base), never negative."""
     log_ratio = (base_log_probs - log_probs).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
 
@@ -395,9 +393,9 @@ def kl_to_base(log_probs, base_log_probs):
 def aggregate_loss(token_losses, mask, mode, denominator=None):
     """(B, T) token losses, and a (B, T) mask that is 1 at response tokens and 0 at padding → one number.
 
-    "token-mean" is the mean over all tokens, so a long response counts by its length (eq. 12). The mean over responses
-    of their sums ("seq-mean-token-sum") or of their means ("seq-mean-token-mean", GRPO) counts each response once.
-    `denominator` is the number of tokens, or of responses, in the whole mini-batch of which this is a part.
+    "token-mean" is the mean over all tokens, so a response counts by its length (eq. 12). Only "seq-mean-token-mean"
+    (GRPO), the mean over responses of their means, counts each response once; "seq-mean-token-sum" is the mean of their
+    sums. `denominator` is the number of tokens, or of responses, in the whole mini-batch of which this is a part.
     """
     token_losses, lengths = token_losses * mask, mask.sum(1)
     if mode == "token-mean":
@@ -409,34 +407,37 @@ def aggregate_loss(token_losses, mask, mode, denominator=None):
 @torch.no_grad()
 def store_log_probs(model, responses, name):
     """Sets `name`, old_log_probs or base_log_probs, of each response."""
-    for batch in micro_batches(responses):
-        rows, _, _ = token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
-        for response, log_probs in zip(batch, rows):
-            setattr(response, name, log_probs[: len(response.tokens)])
+    for micro_batch in micro_batches(responses):
+        for response, log_probs in zip(micro_batch, score(model, micro_batch)[0]):
+            setattr(response, name, log_probs[: len(response.tokens)].clone())  # without the padding
+
+
+def score(model, batch):
+    return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
 
 
 def token_log_probs(model, prompts, responses):
     """B prompts and B responses, token ids → log-probabilities, entropies, and mask, (B, T) each, at TEMPERATURE.
 
-    Padding is on the right here, where a causal model's real tokens do not see it: no attention mask, no position ids.
-    What the model computes at one position, its hidden state, predicts the token at the next:
+    Padding is on the right here, where earlier tokens do not see it: no attention mask, no position ids. What the model
+    computes at one position, its hidden state, predicts the token at the next:
 
         ids      a b c 5 6 E _ _        prompt a b c, response 5 6 E, padding
         hidden       ^ ^ ^              predict 5, 6, and E
     """
     ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True).to(model.device)  # (B, P + T)
     with autocast(model):
-        decoded = model.base_model(input_ids=ids, use_cache=False)
+        output = model.get_decoder()(input_ids=ids, use_cache=False)  # all layers but the last, which gives logits
     starts, lengths = [len(prompt) - 1 for prompt in prompts], [len(response) for response in responses]
-    rows = zip(decoded.last_hidden_state, starts, lengths)
+    rows = zip(output.last_hidden_state, starts, lengths)
     hidden = torch.cat([row[start : start + length] for row, start, length in rows])  # (N, H)
     targets = torch.cat(list(responses)).to(model.device)  # (N,)
-    log_probs, entropy = log_softmax_at(targets, model, decoded, hidden)  # (N,) each
+    log_probs, entropy = log_softmax_at(targets, model, output, hidden)  # (N,) each: of logits / TEMPERATURE, in chunks
     return [pad_sequence(flat.split(lengths), True) for flat in (log_probs, entropy, torch.ones_like(entropy))]
 
 
 # =====================================================================================================================
-# The algorithm ends here, and so may you. The rest is what any training program needs: memory, model and data, the
+# The algorithm ends here, and you can stop here. The rest is what any training program needs: memory, model, data, the
 # record of a run, metrics, and the command line.
 
 
@@ -446,7 +447,7 @@ def micro_batches(responses):
     lengths, batch = {response: len(response.question.prompt) + len(response.tokens) for response in responses}, []
     for response in sorted(responses, key=lengths.get):
         length = lengths[response]
-        if batch and ((len(batch) + 1) * length > MICRO_BATCH_TOKENS or length > 1.5 * lengths[batch[0]]):
+        if batch and ((len(batch) + 1) * length > MICRO_BATCH_TOKENS or length > 1.3 * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(response)
@@ -454,14 +455,14 @@ def micro_batches(responses):
         yield batch
 
 
-def log_softmax_at(targets, model, decoded, hidden):
+def log_softmax_at(targets, model, output, hidden):
     """(N,) token ids and (N, H) hidden states → log-probabilities of the tokens, and entropies, (N,) each.
 
     Logits, (N, V), would be by far the largest tensor. They are computed in chunks, and again for the backward pass.
     """
 
     def chunk(targets, hidden):
-        log_softmax = head_logits(model, decoded, hidden).float().div(TEMPERATURE).log_softmax(-1)
+        log_softmax = head_logits(model, output, hidden).float().div(TEMPERATURE).log_softmax(-1)
         log_probs = log_softmax.gather(-1, targets[:, None])[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
             return log_probs, -(log_softmax.exp() * log_softmax).sum(-1)
@@ -471,11 +472,11 @@ def log_softmax_at(targets, model, decoded, hidden):
     return [torch.cat(part) for part in zip(*parts)]
 
 
-def head_logits(model, decoded, hidden):
+def head_logits(model, output, hidden):
     """(N, H) hidden states → (N, V) logits, by the model's own forward, its decoder made to return `hidden`. The output
     layer alone would not do: Gemma 2 caps the logits after it, Granite and Cohere scale them."""
     decoder = model.get_decoder()
-    decoder.forward = lambda *args, **kwargs: replace(decoded, last_hidden_state=hidden[None])
+    decoder.forward = lambda *args, **kwargs: replace(output, last_hidden_state=hidden[None])
     with autocast(model):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     del decoder.forward
@@ -491,7 +492,7 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
-def empty_cache(model):
+def new_cache(model):
     """A key-value cache that keeps keys in the type of the values; under autocast, rotary embeddings make them fp32."""
 
     class Cache(transformers.DynamicCache):  # a method set on the instance would refer back to it, and so keep it alive

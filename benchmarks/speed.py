@@ -183,7 +183,7 @@ def decode(policy, questions, lengths):
     width = sum(len(question.prompt) for question in questions) // len(questions)
     with dapo.autocast(policy):
         ids = torch.ones(len(questions), width, dtype=torch.long, device=policy.device)
-        cache = dapo.empty_cache(policy)
+        cache = dapo.new_cache(policy)
         policy.base_model(ids, cache=cache)
         cache.batch_repeat_interleave(dapo.GROUP_SIZE)
         token = torch.ones(len(lengths), 1, dtype=torch.long, device=policy.device)

@@ -109,7 +109,7 @@ def test_a_head_that_goes_past_the_replaced_decoder_is_refused(main, settings, m
 
 def test_a_cache_that_forgets_is_refused(main, settings, make_folder, monkeypatch, capsys):
     """Each token is then sampled as if the prompt ended with it."""
-    folder, real = make_folder(), dapo.empty_cache
+    folder, real = make_folder(), dapo.new_cache
 
     def forgetful(model):
         cache = real(model)
@@ -120,7 +120,7 @@ def test_a_cache_that_forgets_is_refused(main, settings, make_folder, monkeypatc
         )
         return cache
 
-    monkeypatch.setattr(dapo, "empty_cache", forgetful)
+    monkeypatch.setattr(dapo, "new_cache", forgetful)
     with pytest.raises(SystemExit):
         main([f"--MODEL={folder}", *settings])
     assert "Qwen2ForCausalLM cannot be trained here" in capsys.readouterr().err

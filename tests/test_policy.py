@@ -281,11 +281,11 @@ def test_the_cache_holds_bfloat16_under_autocast(kind, make_folder, tokenizer, s
     """And no token is another for it, as attention rounds keys and values in any case."""
     set_constants(MAX_RESPONSE_LENGTH=12)
     model, _ = load(make_folder(kind))
-    caches, real = [], dapo.empty_cache
-    set_constants(empty_cache=lambda model: caches.append(real(model)) or caches[-1])
+    caches, real = [], dapo.new_cache
+    set_constants(new_cache=lambda model: caches.append(real(model)) or caches[-1])
     torch.manual_seed(0)
     narrow = dapo.sample_tokens(model, make_prompts(tokenizer), 2)
-    set_constants(empty_cache=lambda model: caches.append(DynamicCache(config=model.config)) or caches[-1])
+    set_constants(new_cache=lambda model: caches.append(DynamicCache(config=model.config)) or caches[-1])
     torch.manual_seed(0)
     assert all(map(torch.equal, narrow, dapo.sample_tokens(model, make_prompts(tokenizer), 2)))
     types = []

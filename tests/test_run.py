@@ -110,7 +110,7 @@ def out_of_memory(*parts, **others):
 
 @pytest.mark.parametrize(
     "place, constant, value",
-    [("empty_cache", "GENERATION_BATCH", 1024), ("policy_loss", "MICRO_BATCH_TOKENS", 16384)],
+    [("new_cache", "GENERATION_BATCH", 1024), ("policy_loss", "MICRO_BATCH_TOKENS", 16384)],
 )
 def test_when_memory_runs_out_it_names_the_constant_to_lower_and_then_resumes(
     place, constant, value, main, settings, chance, no_pictures, monkeypatch, tmp_path, capsys
