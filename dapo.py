@@ -605,11 +605,11 @@ def load_rows(source):
         for number, row in enumerate(read_rows(**source), 1):
             question, answer = value_at(row, source["input"]), value_at(row, source["output"])
             messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
-            last = messages[-1] if messages else {"role": "user", "content": None}
-            if last["role"] != "user" or {type(answer), type(last["content"])} & {list, dict} or None in row:
+            text = value_at(messages[-1], "content")
+            if messages[-1]["role"] != "user" or {list, dict} & {type(text), type(answer)} or None in row:
                 raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
-            if not is_blank(last["content"]) and not is_blank(answer):
-                last["content"] = str(last["content"])
+            if text is not None and answer is not None:
+                messages[-1]["content"] = str(text)
                 found.setdefault(str(messages), (messages, str(answer)))
     if not found:
         fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
@@ -647,16 +647,10 @@ def read_rows(path, type, input, output, split=None, name=None):
 
 
 def value_at(row, name):
-    """row["a.b"], else row["a"]["b"]; None if this row has no such value."""
-    if name in row:
-        return row[name]
-    for part in name.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
-
-
-def is_blank(value):
-    return value is None or value != value or not str(value).strip()  # of all values, only NaN is not itself
+    """row["a.b"], else row["a"]["b"]; None if this row has no such value, or a blank one."""
+    path = [name] if name in row else name.split(".")
+    value = functools.reduce(lambda part, key: part.get(key) if isinstance(part, dict) else None, path, row)
+    return None if value == [] or value != value or not str(value).strip() else value  # only NaN is not itself
 
 
 def judge(questions, texts):
@@ -695,11 +689,17 @@ class RewardFault(SystemExit):
 
 # ---- The record of a run --------------------------------------------------------------------------------------------
 
+# With a write-ahead log, others can read while the run writes; emptied at once, it need not be copied. What is deleted
+# was recorded after the checkpoint that the run resumes from.
 TABLES = """
+PRAGMA journal_mode = WAL;
+PRAGMA wal_autocheckpoint = 1;
 CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS constants (step INTEGER, name TEXT, value TEXT, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS responses (step INTEGER, question TEXT, answer TEXT, response TEXT, accuracy REAL,
     reward REAL, length INTEGER, truncated INTEGER, kept INTEGER);
+DELETE FROM metrics WHERE step > {step};
+DELETE FROM responses WHERE step > {step};
 """
 # What may change when a run is resumed: its folder, device, and length, what is saved and how often, and its memory.
 FREE = """OUTPUT_DIR RESUME DEVICE NUM_STEPS NUM_EPOCHS EVAL_EVERY SAVE_EVERY CHECKPOINT_EVERY GENERATION_BATCH
@@ -712,29 +712,26 @@ def open_run(model, tokenizer, optimizer, questions):
     """A Run in OUTPUT_DIR, begun, or resumed with the model, the optimizer, and the questions as they were."""
     run = Run(model, tokenizer, optimizer, questions)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(run.folder.with_name(f".{run.folder.name}.lock"), timeout=0):
-        state = run.state_to_resume()
+    with FileLock(run.folder.with_name(f".{run.folder.name}.lock"), timeout=0), contextlib.ExitStack() as opened:
+        run.resume()
         run.folder.mkdir(exist_ok=True)
-        if state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            for question, rests in zip(questions, state["rests"]):
-                question.rests = rests
-            say(f"resuming the run in {OUTPUT_DIR} after step {run.step}")
-        connection, progress = sqlite3.connect(run.folder / "run.db"), {"initial": run.step, "total": NUM_STEPS}
-        with contextlib.closing(connection) as run.db, tqdm(**progress, unit="step", disable=None) as run.bar:
-            # With a write-ahead log, others can read while the run writes. Emptied at once, it need not be copied.
-            run.db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 1; {TABLES}")
-            run.record_constants()
-            handlers = {number: signal.signal(number, run.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield run
-            except RewardFault:
-                run.save_checkpoint()
-                raise
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
+        run.db = opened.enter_context(contextlib.closing(sqlite3.connect(run.folder / "run.db")))
+        run.db.executescript(TABLES.format(step=run.step))
+        then = dict(run.db.execute("SELECT name, value FROM constants ORDER BY step"))
+        new = sorted(run.facts.items() - then.items())
+        with run.db:
+            run.db.executemany("INSERT OR REPLACE INTO constants VALUES (?, ?, ?)", [(run.step, *fact) for fact in new])
+        for name, _ in new if then else ():
+            if name.startswith("source of"):
+                say(f"the {name} was edited since the run's last start, which run.db records")
+        run.bar = opened.enter_context(tqdm(initial=run.step, total=NUM_STEPS, unit="step", disable=None))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            opened.callback(signal.signal, number, signal.signal(number, run.stop))
+        try:
+            yield run
+        except RewardFault:
+            run.save_checkpoint()
+            raise
 
 
 class Run:
@@ -754,9 +751,12 @@ class Run:
         asked = str([(question.prompt.tolist(), question.answer) for question in questions]).encode()
         self.constants = {name: text_of(globals()[name]) for name in CONSTANTS}
         self.constants |= {"the script": self.script.name, "the questions' checksum": str(zlib.crc32(asked))}
+        versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
+        self.facts = self.constants | versions | {"device": str(model.device)}  # for run.db
+        self.facts |= {f"source of {name}": text for name, text in self.sources.items()}
 
-    def state_to_resume(self):
-        """What the checkpoint in the folder holds; None if a new run is to begin. An earlier one is renamed then."""
+    def resume(self):
+        """Resumes the run in the folder if it is this one and has not finished. Renames any other."""
         path, now = self.folder / "checkpoint.pt", self.constants
         reason = "it has no checkpoint" if RESUME else "RESUME is False"
         if RESUME and path.exists():
@@ -766,9 +766,14 @@ class Run:
             changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
             if not changed and not (state["finished"] and self.is_over()):
                 if self.step > NUM_STEPS if NUM_STEPS else self.drawn > NUM_EPOCHS * len(self.questions):
-                    fail(f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}: the run in OUTPUT_DIR={OUTPUT_DIR} is past "
-                         f"that, at step {self.step}")  # fmt: skip
-                return state
+                    length = f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}"
+                    fail(f"{length}: the run in OUTPUT_DIR={OUTPUT_DIR} is past that, at step {self.step}")
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                for question, rests in zip(self.questions, state["rests"]):
+                    question.rests = rests
+                say(f"resuming the run in {OUTPUT_DIR} after step {self.step}")
+                return
             reason = "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed) or "it has finished"
             self.step, self.drawn = 0, 0
         for place in (MODEL, *(source["path"] for source in TRAIN_DATASETS + EVAL_DATASETS)):
@@ -779,22 +784,6 @@ class Run:
             self.folder.rename(aside)
             say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
                 f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
-        return None
-
-    def record_constants(self):
-        """Records what is in force from this step on, if it is new: constants, versions, device, and source."""
-        sources, step = {f"source of {name}": text for name, text in self.sources.items()}, self.step
-        versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-        now = self.constants | versions | {"device": str(self.model.device)} | sources
-        with self.db:
-            for table in ("metrics", "responses", "constants"):
-                self.db.execute(f"DELETE FROM {table} WHERE step > ?", [step])
-            then = dict(self.db.execute("SELECT name, value FROM constants ORDER BY step"))
-            new = [name for name in now if then.get(name) != now[name]]
-            rows = [(step, name, now[name]) for name in new]
-            self.db.executemany("INSERT OR REPLACE INTO constants VALUES (?, ?, ?)", rows)
-        for name in set(sources).intersection(new) if then else ():
-            say(f"the {name} was edited since the run's last start, which run.db records")
 
     def stop(self, number, frame):
         """What Ctrl-C and SIGTERM do."""
@@ -999,17 +988,17 @@ def draw_metrics(folder):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-MAY_BE_ZERO = """SEED SAVE_EVERY REST_EPOCHS OVERLONG_BUFFER_LENGTH OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF
-WARMUP_STEPS WEIGHT_DECAY""".split()
-RULES = {  # what else has to hold
+MAY_BE_0 = "SEED SAVE_EVERY REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS WEIGHT_DECAY".split()
+RULES = {name: f"0 < {name} < math.inf" for name, value in CONSTANTS.items() if type(value) in (int, float)}
+RULES |= {name: f"0 <= {name} < math.inf" for name in MAY_BE_0} | {
     "TRAIN_DATASETS": "len(TRAIN_DATASETS) >= 1",
     "EVAL_DATASETS": "len(EVAL_DATASETS) >= 1",
     "NUM_STEPS": "NUM_STEPS is None or NUM_STEPS >= 1",
     "GROUP_SIZE": "GROUP_SIZE >= 2",
-    "MINI_BATCHES": "MINI_BATCHES <= BATCH_SIZE * GROUP_SIZE",
-    "CLIP_RANGE_LOW": "CLIP_RANGE_LOW < 1",
-    "CLIP_RANGE_HIGH": "CLIP_RANGE_HIGH < 1",
-    "OVERLONG_BUFFER_LENGTH": "OVERLONG_BUFFER_LENGTH <= MAX_RESPONSE_LENGTH",
+    "MINI_BATCHES": "1 <= MINI_BATCHES <= BATCH_SIZE * GROUP_SIZE",
+    "CLIP_RANGE_LOW": "0 < CLIP_RANGE_LOW < 1",
+    "CLIP_RANGE_HIGH": "0 < CLIP_RANGE_HIGH < 1",
+    "OVERLONG_BUFFER_LENGTH": "0 <= OVERLONG_BUFFER_LENGTH <= MAX_RESPONSE_LENGTH",
     "LOSS_AGG_MODE": "LOSS_AGG_MODE in ('token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean')",
     "PROMPT_TEMPLATE": "PROMPT_TEMPLATE in ('boxed', 'answer') or '{question}' in PROMPT_TEMPLATE",
     "OUTPUT_DIR": "OUTPUT_DIR.strip() and not OUTPUT_DIR.startswith('~')",
@@ -1055,34 +1044,23 @@ def read_command_line(argv=None):
             with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 settings[name] = ast.literal_eval(text)
     for name, value in settings.items():
-        set_constant(name, value)
-    check_constants()
-    return [word for word in words if word not in options + recipes]
-
-
-def set_constant(name, value):
-    """Sets a constant of this file, if there is one of that name and the value is of its type."""
-    if name not in CONSTANTS:
-        close = difflib.get_close_matches(name.upper(), CONSTANTS, 1)
-        fail(f"there is no constant {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
-    if name == "REWARD" and isinstance(value, str):
-        path, _, function = value.rpartition(":")
-        with explained(f"REWARD={value} is not a file.py:function"):
-            value = runpy.run_path(path)[function]
-    kind = type(CONSTANTS[name])
-    value = float(value) if kind is float and type(value) is int else value
-    if not isinstance(value, kind) and (name, value) != ("NUM_STEPS", None) or type(value) is bool is not kind:
-        fail(f"{name}={value} does not fit: it has to be of type {kind.__name__}, such as {text_of(CONSTANTS[name])}")
-    globals()[name] = value
-
-
-def check_constants():
-    """Refuses values that no run can have."""
-    numbers = [name for name in CONSTANTS if type(globals()[name]) in (int, float)]
-    rules = [(name, f"0 {'<=' if name in MAY_BE_ZERO else '<'} {name} < math.inf") for name in numbers]
-    for name, rule in rules + list(RULES.items()):
+        if name not in CONSTANTS:
+            close = difflib.get_close_matches(name.upper(), CONSTANTS, 1)
+            fail(f"there is no constant {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
+        if name == "REWARD" and isinstance(value, str):
+            path, _, function = value.rpartition(":")
+            with explained(f"REWARD={value} is not a file.py:function"):
+                value = runpy.run_path(path)[function]
+        kind = type(CONSTANTS[name])
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind and (name, value) != ("NUM_STEPS", None):
+            example = text_of(CONSTANTS[name])
+            fail(f"{name}={value} does not fit: it has to be of type {kind.__name__}, such as {example}")
+        globals()[name] = value
+    for name, rule in RULES.items():
         if not eval(rule):
             fail(f"{name}={globals()[name]} is out of range: it has to be so that {rule}")
+    return [word for word in words if word not in options + recipes]
 
 
 def text_of(value):

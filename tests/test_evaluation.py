@@ -207,9 +207,9 @@ def test_chat_is_streamed_and_kept_with_its_answers(talk, make_folder, tmp_path,
     assert "TEMPERATURE=0.7" in said and str(run / "run.db") in said
 
 
-def test_chat_without_a_run_is_not_kept(talk, make_folder):
+def test_chat_without_a_run_is_not_saved(talk, make_folder):
     folder = make_folder(ends=list(range(374)))  # ends at once
-    assert "not kept" in (said := talk("Tom", folder)) and "[answer: none; 1 tokens]" in said
+    assert "not saved" in (said := talk("Tom", folder)) and "[answer: none; 1 tokens]" in said
     assert not list(folder.rglob("*.db"))
 
 
@@ -237,7 +237,7 @@ def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, mak
     assert "too long: " in said and "MAX_PROMPT_LENGTH is 60" in said and said.count("[answer: ") == 1
     (run / "run.db").write_text("no database")
     said = talk("Tom?\nMia?", run)
-    assert said.count("[answer: ") == 2 and said.count("[not kept in ") == 2
+    assert said.count("[answer: ") == 2 and said.count("[not saved in ") == 2
 
 
 def test_chat_is_with_one_model(talk, make_folder, tmp_path, capsys):

@@ -47,7 +47,7 @@ def chat(path):
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
     dapo.say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; Ctrl-D ends it")
-    dapo.say(f"this talk is kept in {history}" if history else "this talk is not kept: the model is not a run's")
+    dapo.say(f"this conversation is saved in {history}" if history else "this conversation is not saved: the model is not a run's")
     for question in questions_typed():
         ids = torch.tensor([dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])], device=model.device)
         if ids.shape[1] > dapo.MAX_PROMPT_LENGTH:
@@ -80,7 +80,7 @@ def keep(history, *row):
             db.execute("CREATE TABLE IF NOT EXISTS chat (time, model, question, response, answer)")
             db.execute("INSERT INTO chat VALUES (?, ?, ?, ?, ?)", row)
     except sqlite3.Error as error:  # a full disk, or no database any more
-        dapo.say(f"[not kept in {history}: {error}]")
+        dapo.say(f"[not saved in {history}: {error}]")
 
 
 if __name__ == "__main__":
