@@ -793,7 +793,7 @@ class Run:
         os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
 
     def is_over(self):
-        if self.db and self.latest("groups/trained", 3) == [0, 0, 0]:
+        if self.db and self.latest("groups_trained", 3) == [0, 0, 0]:
             say("in 3 steps in a row, every group was all right or all wrong: nothing is left to learn from")
             return True
         return self.step >= NUM_STEPS if NUM_STEPS else self.drawn >= NUM_EPOCHS * len(self.questions)
@@ -857,8 +857,8 @@ class Run:
             say(f"step {step}: {shown}  ({time.time() - self.start:.0f} s)")
         if not groups:
             draw_metrics(self.folder)
-        if groups and metrics["groups/trained"] < BATCH_SIZE:
-            say(f"step {step}: trains on {metrics['groups/trained']} groups instead of {BATCH_SIZE}")
+        if groups and metrics["groups_trained"] < BATCH_SIZE:
+            say(f"step {step}: trains on {metrics['groups_trained']} groups instead of {BATCH_SIZE}")
         if metrics.get("skipped_updates"):
             say(f"step {step}: {metrics['skipped_updates']} updates were skipped, their gradients are not finite")
             if [value > 0 for value in self.latest("skipped_updates", 3)] == [True] * 3:
@@ -910,7 +910,7 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
         "truncated_fraction": statistics.fmean(response.truncated for response in responses),
         "groups/all_correct": right.count(1) / len(right),
         "groups/all_wrong": right.count(0) / len(right),
-        "groups/trained": len(batch),
+        "groups_trained": len(batch),
         "groups/with_gradient": differ.count(True) / max(1, len(batch)),
         "dynamic_resample_rate": 1 - len(kept) / len(sampled),
         "generation_batches": rounds,

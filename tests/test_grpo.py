@@ -42,7 +42,7 @@ def test_as_a_program(main, settings, parity, no_pictures, monkeypatch, tmp_path
     recipe = runpy.run_path(str(saved / "constants.py"))
     assert (recipe["KL_COEF"], recipe["CLIP_RANGE_HIGH"], recipe["USE_DYNAMIC_SAMPLING"]) == (0.5, 0.2, False)
     found = dict(rows(tmp_path / "run", "SELECT name, value FROM metrics WHERE step = 2"))
-    assert found["kl"] > 0 and found["dynamic_resample_rate"] == 0 and found["groups/trained"] == 3
+    assert found["kl"] > 0 and found["dynamic_resample_rate"] == 0 and found["groups_trained"] == 3
 
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--KL_CEOF=1"])
     with pytest.raises(SystemExit) as stop:

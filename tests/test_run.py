@@ -15,7 +15,7 @@ import dapo
 
 METRICS = """
 reward/mean accuracy response_length/mean response_length/max truncated_fraction entropy policy_loss entropy_loss kl
-clip_fraction/low clip_fraction/high grad_norm learning_rate groups/all_correct groups/all_wrong groups/trained
+clip_fraction/low clip_fraction/high grad_norm learning_rate groups/all_correct groups/all_wrong groups_trained
 groups/with_gradient dynamic_resample_rate generation_batches skipped_updates time/generate time/update time/step
 tokens_per_second memory/peak_gib
 """.split()
@@ -33,7 +33,7 @@ def test_a_run_leaves_its_record(main, settings, chance, tmp_path, capsys):
         assert found["reward/mean"] == pytest.approx(sum(row[1] for row in answers) / len(answers))
         assert found["response_length/mean"] == pytest.approx(sum(row[2] for row in answers) / len(answers))
         assert found["truncated_fraction"] == pytest.approx(sum(row[3] for row in answers) / len(answers))
-        assert found["groups/trained"] * 2 == sum(row[4] for row in answers)
+        assert found["groups_trained"] * 2 == sum(row[4] for row in answers)
         uneven = [one[0] != other[0] for one, other in zip(answers[::2], answers[1::2])]
         assert found["dynamic_resample_rate"] == pytest.approx(1 - sum(uneven) / len(uneven))
         assert found["time/step"] == pytest.approx(found["time/generate"] + found["time/update"], rel=0.1)
@@ -72,7 +72,7 @@ def test_weights_move_only_where_there_is_something_to_learn(
     assert all(torch.equal(before[name], after[name]) for name in before)
     said = capsys.readouterr().out
     assert rows(tmp_path / "run", "SELECT value FROM metrics WHERE name = 'groups/all_wrong'") == [(1.0,), (1.0,)]
-    assert rows(tmp_path / "run", "SELECT value FROM metrics WHERE name = 'groups/trained'") == [(0,), (0,)]
+    assert rows(tmp_path / "run", "SELECT value FROM metrics WHERE name = 'groups_trained'") == [(0,), (0,)]
     assert re.search(r"^step 1: .*\b0\b.*groups", said, re.MULTILINE)
     assert re.search(r"^step 2: .*\b0\b.*groups", said, re.MULTILINE)
 

@@ -49,7 +49,7 @@ def texts(groups):
 def test_even_groups_are_replaced_by_new_questions(script):
     batch, sampled, metrics, drawn = script([4, 2, 0, 1, 3, 0, 0, 2, 1] + [2] * 20)
     assert texts(batch) == ["question 1", "question 3", "question 4", "question 7"]
-    assert metrics["generation_batches"] > 1 and metrics["groups/trained"] == 4
+    assert metrics["generation_batches"] > 1 and metrics["groups_trained"] == 4
     assert len(sampled) == len(drawn) == len(set(texts(sampled)))
 
 
@@ -87,7 +87,7 @@ def test_it_stops_at_the_cap_with_what_there_is(script):
     assert metrics["generation_batches"] == 5 and texts(batch) == ["question 0"] and len(sampled) == 5 * 4
     batch, sampled, metrics, _ = script([0, 4] * 50)
     assert metrics["generation_batches"] == 5 and batch == [] and len(sampled) == 5 * 4
-    assert metrics["groups/trained"] == 0
+    assert metrics["groups_trained"] == 0
 
 
 def test_it_stops_at_the_end_of_the_data(script):
@@ -137,7 +137,7 @@ def test_accuracy_is_logged_before_filtering(script):
     assert metrics["reward/mean"] == pytest.approx(2 * metrics["accuracy"] - 1)
     assert metrics["groups/all_wrong"] == pytest.approx(2 / len(sampled))
     assert metrics["groups/all_correct"] == pytest.approx(1 / len(sampled))
-    assert metrics["groups/with_gradient"] == 1 and metrics["groups/trained"] == 4
+    assert metrics["groups/with_gradient"] == 1 and metrics["groups_trained"] == 4
     assert metrics["dynamic_resample_rate"] == pytest.approx(3 / len(sampled))
     assert metrics["response_length/mean"] == pytest.approx(2.5) and metrics["response_length/max"] == 4
     assert metrics["generation_batches"] == 2
