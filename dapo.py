@@ -24,7 +24,7 @@ Words:
     clip       stops pushing a token once its ratio has moved far enough from 1
     entropy    how undecided the policy is about the next token, in nats
     KL         how far the policy has moved away from the base model, the one that training started from
-    cache      what attention has computed for earlier tokens ("keys and values"), kept to compute the next one quickly
+    cache      what each layer keeps of the tokens that it has read ("keys and values"), so none is computed twice
     shapes     B rows of a batch, P prompt tokens, T response tokens, N response tokens of all rows, H hidden size,
                V vocabulary, n groups of G responses
 """
@@ -87,7 +87,7 @@ SEED = 0  # seeds every random choice
 NUM_STEPS = 40  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data if NUM_STEPS is None
 EVAL_EVERY = 5  # steps between evaluations, each with a sample response and a new picture
-EVAL_SAMPLES = 1  # k: above 1, avg@k at TEMPERATURE is measured in addition to greedy accuracy
+EVAL_SAMPLES = 1  # above 1: the mean accuracy of so many samples, avg@k, is measured besides that of greedy responses
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
 
@@ -111,7 +111,7 @@ USE_OVERLONG_FILTERING = False  # leave truncated responses out of the loss, but
 
 # Loss
 CLIP_RANGE_LOW = 0.2  # a bad token is pushed down until its ratio ρ is 1 - this
-CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until its ratio ρ is 1 + this (GRPO: 0.2)
+CLIP_RANGE_HIGH = 0.28  # a good token is pushed up until its ratio ρ is 1 + this, as from 0.01 to 0.0128 (GRPO: 0.2)
 LOSS_AGG_MODE = "token-mean"  # or seq-mean-token-sum, or seq-mean-token-mean (GRPO)
 KL_COEF = 0.0  # weight of the KL penalty (GRPO: above 0)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
@@ -193,7 +193,7 @@ class Response:
     tokens: torch.Tensor  # (T,) ids as sampled, through the end token; never output and tokenized again
     text: str
     truncated: bool  # cut off by MAX_RESPONSE_LENGTH
-    accuracy: float  # 1 right, 0 wrong
+    accuracy: float  # 1 right, 0 wrong; judge returns lists of this and the next two
     reward: float  # 1 right, -1 wrong, less the overlong penalty
     prediction: str | None = None  # the answer found in it, if REWARD tells
     advantage: float | None = None  # None: not in the batch
@@ -243,11 +243,11 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
     live = list(range(len(rows)))  # the response in each row of ids, mask, and cache
     responses = [[] for _ in live]
     with autocast(model):
-        if width > 1:  # all but the last token, which generate has to read to sample the next
+        if width > 1:  # all but the last token: generate reads that one, and its output there predicts the next
             positions = mask.cumsum(1).sub(1).clamp(min=0)
             model.get_decoder()(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
         for start in range(0, MAX_RESPONSE_LENGTH, DECODE_STAGE):
-            if len(rows) != len(ids):  # at first to a row per response, later to the rows that have not ended
+            if len(rows) != len(ids):  # copy each prompt's row G times or, later, keep the rows that have not ended
                 ids, mask = ids[rows], mask[rows]
                 cache.reorder_cache(rows)
             stage = min(DECODE_STAGE, MAX_RESPONSE_LENGTH - start)
@@ -315,7 +315,7 @@ def update_policy(model, base, optimizer, groups, step):
     random.shuffle(responses)
     count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer steps for fewer responses
     mini_batches = [responses[first::count] for first in range(count)]  # each takes every count-th response
-    store_log_probs(model, responses, "old_log_probs")  # scored as in the update, so that ratios are 1 at first
+    store_log_probs(model, responses, "old_log_probs")  # before any step, scored as in the update: ratios start at 1
     if KL_COEF:
         store_log_probs(base, responses, "base_log_probs")
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
@@ -364,9 +364,9 @@ def accumulate_gradients(model, mini_batch):
 def policy_loss(log_probs, old_log_probs, advantages, mask):
     """(B, T), (B, T), (B,), (B, T) → (B, T): max(-A·ρ, -A·clip(ρ, 1 - low, 1 + high)), with clip-higher (eq. 10).
 
-    This is minus the paper's objective, hence max for its min. At ρ = 1 the loss is -A. It falls while a good token
-    (A > 0) becomes likelier, until ρ = 1 + high, or a bad one less likely, until ρ = 1 - low. Beyond, it is constant,
-    without a gradient. But if a token has moved the other way, the maximum is the unclipped term: it is pulled back.
+    This is minus the paper's objective, hence max for its min. At ρ = 1 its value is -A, its gradient -A·∇log π: a step
+    makes a good token (A > 0) likelier, until ρ = 1 + high, and a bad one less likely, until ρ = 1 - low. Beyond, it is
+    constant, without a gradient. But if a token has moved the other way, the unclipped term counts: it is pulled back.
     """
     ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
     clipped = ratio.clamp(1 - CLIP_RANGE_LOW, 1 + CLIP_RANGE_HIGH)
@@ -385,7 +385,7 @@ def clipped_tokens(log_probs, old_log_probs, advantages, mask):
 
 
 def kl_to_base(log_probs, base_log_probs):
-    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π, an estimate of KL(π ‖ π_base), never negative."""
+    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π; its mean over tokens from π is KL(π ‖ π_base)."""
     log_ratio = (base_log_probs - log_probs).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
 
@@ -393,9 +393,9 @@ def kl_to_base(log_probs, base_log_probs):
 def aggregate_loss(token_losses, mask, mode, denominator=None):
     """(B, T) token losses, and a (B, T) mask that is 1 at response tokens and 0 at padding → one number.
 
-    "token-mean" is the mean over all tokens, so a response counts by its length (eq. 12). Only "seq-mean-token-mean"
-    (GRPO), the mean over responses of their means, counts each response once; "seq-mean-token-sum" is the mean of their
-    sums. `denominator` is the number of tokens, or of responses, in the whole mini-batch of which this is a part.
+    "token-mean" is the mean over all tokens, so a longer response counts for more (eq. 12), as it does in
+    "seq-mean-token-sum", the mean over responses of their sums. "seq-mean-token-mean" (GRPO), the mean of their means,
+    counts each response once. `denominator` is the number of tokens, or of responses, in the whole mini-batch.
     """
     token_losses, lengths = token_losses * mask, mask.sum(1)
     if mode == "token-mean":
@@ -508,13 +508,14 @@ def set_seed(*words):
 
 # ---- Model and data -------------------------------------------------------------------------------------------------
 
+for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in one line
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+
 
 def load_model(path):
     """The model in a folder or on the Hub, with fp32 weights, and its tokenizer."""
     path, options = saved_model(path), {"trust_remote_code": TRUST_REMOTE_CODE}
     transformers.logging.disable_progress_bar()
-    for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in a line
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     with explained(f"MODEL={path} is neither a model's folder nor its name on the Hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
@@ -1011,7 +1012,8 @@ def main(argv=None):
     try:
         for word in read_command_line(argv):
             tool = {"eval": "evaluate", "chat": "chat", "plot": "plot"}.get(word)
-            fail(f"{word!r} is no recipe.py and no --NAME=VALUE" + f"; see python -m tools.{tool}" * (tool is not None))
+            hint = f"; python -m tools.{tool} does that" if tool else ""
+            fail(f"{word!r} is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE{hint}")
         train()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -59,7 +59,7 @@ CONSTANTS = {
     "--TRAIN_DATASETS=[{'path': 'a.csv', 'type': 'csv'}]": "a.csv ... path, type (parquet, json, csv, hub), input, and",
     "--TRAIN_DATASETS=[{'path': 'a.txt', 'type': 'txt', 'input': 'q', 'output': 'a'}]": "parquet, json, csv, hub",
     "--REWARD=5": "REWARD=5 does not fit",
-    "tran": "'tran' is no recipe.py and no --NAME=VALUE",
+    "tran": "'tran' is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE",
     "missing.py": "the recipe missing.py cannot be run ... No such file",
     "eval": "python -m tools.evaluate",
     "chat": "python -m tools.chat",
