@@ -1032,7 +1032,8 @@ def read_command_line(argv=None):
     words, settings = sys.argv[1:] if argv is None else argv, {}
     if {"-h", "--help"} & set(words):
         constants = Path(__file__).read_text(encoding="utf-8").split("# ---- ")[1].partition("\nCONSTANTS")[0]
-        print(__doc__, constants, sep="\n")
+        set_here = [f"{name} = {text_of(globals()[name])}" for name in CONSTANTS if globals()[name] != CONSTANTS[name]]
+        print(__doc__, constants, *(["# Set by this script", *set_here] if set_here else []), sep="\n")
         sys.exit()
     options = [word for word in words if word.startswith("-")]
     recipes = [word for word in words if word.endswith(".py") and word not in options]

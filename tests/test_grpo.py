@@ -32,6 +32,15 @@ def test_its_command_line_is_that_of_dapo(grpo):
     assert all(getattr(dapo, name) == value for name, value in grpo.items() if name != "KL_COEF")
 
 
+def test_help_says_what_it_sets(grpo, capsys):
+    with pytest.raises(SystemExit) as end:
+        dapo.read_command_line(["--help"])
+    listed, _, here = capsys.readouterr().out.partition("# Set by this script\n")
+    assert not end.value.code and "CLIP_RANGE_HIGH = 0.28  #" in listed
+    assert {f"{name} = {value!r}" for name, value in grpo.items()} <= set(here.splitlines())
+    assert "GROUP_SIZE" not in here
+
+
 def test_as_a_program(main, settings, parity, no_pictures, monkeypatch, tmp_path, capsys):
     """What it has trained is saved with grpo.py as the script, and with its constants."""
     monkeypatch.setattr(sys, "argv", ["grpo.py", *settings, "--KL_COEF=0.5"])

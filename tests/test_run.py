@@ -146,7 +146,7 @@ def test_help_shows_every_constant_with_its_value_and_comment(word, main, capsys
     shown = capsys.readouterr().out
     assert stop.value.code in (None, 0) and dapo.__doc__ in shown
     for name in dapo.CONSTANTS:
-        (line,) = [line for line in shown.splitlines() if line.startswith(f"{name} = ")]
+        line, *_ = [line for line in shown.splitlines() if line.startswith(f"{name} = ")]
         assert "  # " in line, line
     assert "GROUP_SIZE = 8  # responses per question" in shown
 
