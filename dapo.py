@@ -520,7 +520,8 @@ def load_model(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, report = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    size, positions = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config()
+    size, positions = config.vocab_size, getattr(config, "max_position_embeddings", None) or math.inf
     needed = MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
     finite = all(weights.isfinite().all() for weights in model.parameters())
     kind = transformers.modeling_layers.GradientCheckpointingLayer
@@ -873,17 +874,22 @@ def complete(path):
     remove(unfinished)
     try:
         yield unfinished
-        for place in [*unfinished.rglob("*"), unfinished] if os.name == "posix" else ():  # Windows opens no folders
-            file = os.open(place, os.O_RDONLY)
-            os.fsync(file)
-            os.close(file)
+        sync(*unfinished.rglob("*"), unfinished)
         if path.is_dir():
             remove(path)
         unfinished.replace(path)
+        sync(path.parent)
     except Exception as error:  # torch, safetensors, and tokenizers each raise their own when a disk is full
         raise OSError(f"{path}: {error}") from error
     finally:
         remove(unfinished)
+
+
+def sync(*places):
+    for place in places if os.name == "posix" else ():  # Windows opens no folders
+        file = os.open(place, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
 
 
 def remove(path):
