@@ -347,7 +347,7 @@ def accumulate_gradients(model, mini_batch):
     for micro_batch in micro_batches(mini_batch):
         log_probs, entropy, mask = score(model, micro_batch)  # (B, T) each
         old_log_probs = pad_sequence([response.old_log_probs for response in micro_batch], True)  # (B, T)
-        advantages = torch.tensor([response.advantage for response in micro_batch], device=model.device)  # (B,)
+        advantages = torch.tensor([r.advantage for r in micro_batch]).to(model.device, non_blocking=True)  # (B,)
         terms = {"policy_loss": policy_loss(log_probs, old_log_probs, advantages, mask), "entropy_loss": -entropy}
         if KL_COEF:
             terms["kl"] = kl_to_base(log_probs, pad_sequence([r.base_log_probs for r in micro_batch], True))
@@ -425,13 +425,14 @@ def token_log_probs(model, prompts, responses):
         ids      a b c 5 6 E _ _        prompt a b c, response 5 6 E, padding
         hidden       ^ ^ ^              predict 5, 6, and E
     """
-    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True).to(model.device)  # (B, P + T)
+    ids = pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], True)  # (B, P + T)
+    ids = ids.to(model.device, non_blocking=True)  # to wait for a GPU here would leave it idle afterwards
     with autocast(model):
         output = model.get_decoder()(input_ids=ids, use_cache=False)  # all layers but the last, which gives logits
     starts, lengths = [len(prompt) - 1 for prompt in prompts], [len(response) for response in responses]
     rows = zip(output.last_hidden_state, starts, lengths)
     hidden = torch.cat([row[start : start + length] for row, start, length in rows])  # (N, H)
-    targets = torch.cat(list(responses)).to(model.device)  # (N,)
+    targets = torch.cat(list(responses)).to(model.device, non_blocking=True)  # (N,)
     log_probs, entropy = log_softmax_at(targets, model, output, hidden)  # (N,) each: of logits / TEMPERATURE, in chunks
     return [pad_sequence(flat.split(lengths), True) for flat in (log_probs, entropy, torch.ones_like(entropy))]
 
@@ -804,7 +805,7 @@ class Run:
         """Called between two steps: saves what is due, and ends the program if a signal has asked for that."""
         step = self.step
         self.position = {"step": step, "drawn": self.drawn, "rests": [question.rests for question in self.questions]}
-        if not all(weights.isfinite().all() for weights in self.model.parameters()):
+        if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():
             fail(f"after step {step} there are weights that are not finite: {ADVICE}")
         if last or self.signal or step % CHECKPOINT_EVERY == 0:
             self.save_checkpoint()
