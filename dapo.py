@@ -63,6 +63,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from reward import TIMEOUTS as given_up
 from reward import compute_score, overlong_penalty
 
 # ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
@@ -185,6 +186,7 @@ class Question:
     source: str  # the path of its data set
     prompt: torch.Tensor  # (P,) token ids, as the model reads them
     rests: int = 0  # epochs for which it is still skipped
+    prompt_end: str = ""  # its last tokens as text: a chat template may open a <think> there
 
 
 @dataclass(eq=False)
@@ -268,9 +270,8 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
 
 
 def filter_groups(groups):
-    """Dynamic sampling (eq. 11): returns the groups with 0 < right answers < G, and those all right or all wrong, whose
-    advantages would be 0. Accuracy decides, not the shaped reward: the overlong penalty gives all-wrong groups unequal
-    rewards, too, but they teach little."""
+    """Dynamic sampling (eq. 11): returns the groups with 0 < right answers < G, and those whose advantages would be 0.
+    Accuracy decides, not the shaped reward: overlong penalties differ in all-wrong groups, too, but teach little."""
     if not USE_DYNAMIC_SAMPLING:
         return groups, []
     uniform = [group for group in groups if len({response.accuracy for response in group}) == 1]
@@ -578,7 +579,8 @@ def load_questions(sources, tokenizer):
         for messages, answer in load_rows(source):
             with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
                 prompt = torch.tensor(read_prompt(tokenizer, messages))
-            questions.append(Question(messages[-1]["content"], answer, source["path"], prompt))
+            asked = {"text": messages[-1]["content"], "answer": answer, "source": source["path"], "prompt": prompt}
+            questions.append(Question(**asked, prompt_end=tokenizer.decode(prompt[-8:])))
     short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
     if len(short) < len(questions):
         say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
@@ -664,7 +666,7 @@ def judge(questions, texts):
     """
     columns = {"data_source": [question.source for question in questions], "solution_str": texts}
     columns["ground_truth"] = [question.answer for question in questions]
-    columns["extra_info"] = [{"question": question.text} for question in questions]
+    columns["extra_info"] = [{"question": question.text, "prompt": question.prompt_end} for question in questions]
     verdicts = []
     try:
         if "solution_strs" in inspect.signature(REWARD).parameters:
@@ -910,8 +912,11 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
     lengths = [len(response.tokens) for response in responses]
     right = [statistics.fmean(response.accuracy for response in group) for group in sampled]
     differ = [any(response.advantage for response in group) for group in batch]
+    timeouts = len(given_up)
+    given_up.clear()
     return {
         "reward/mean": statistics.fmean(response.reward for response in responses),
+        "reward/timeouts": timeouts,
         "accuracy": statistics.fmean(right),
         "response_length/mean": statistics.fmean(lengths),
         "response_length/max": max(lengths),

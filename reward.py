@@ -2,12 +2,14 @@ r"""Rule-based rewards: find a response's final answer, judge it, and punish ove
 
 A model is right if its final answer is the ground truth, and nothing else about its response counts (eq. 7 of the
 paper, arXiv 2503.14476). This is its only teacher, so a way to be called right without being right is what it learns.
+`compute_score` goes from text to verdict by way of
 
     extract_answer   the last \boxed{...}, "#### ...", "Answer: ..." or the like in a response, never just some number
-    answers_match    exact for numbers, the same text for words, symbolic (math-verify) for other mathematics
-    compute_score    both in one, with the signature of verl's reward functions; trl_reward is the same for TRL
+    plain            the answer in one spelling: no Unicode, no fonts, one word for each synonym
+    same             takes lists, points, and equations apart, and compares numbers exactly and words as text
+    same_formula     compares what is left by sympy, exactly, in a process of its own with a limit on its CPU time
 
-Left out: converting units, repeating decimals, numbers to another base.
+Left out: converting units, numbers to another base, and answers that are sentences.
 """
 
 import faulthandler
@@ -19,40 +21,133 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
+import warnings
 from fractions import Fraction
+from itertools import takewhile
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    """Judges a response: {"score": 1.0 or -1.0, "acc": bool, "pred": str}, as verl's custom reward functions do.
+
+    A ground truth is a text, a number, a worked solution that announces its answer (GSM8K: `... #### 42`), or a list
+    of which each is right. Of extra_info, "question" shows whether an answer is only copied from it, and "prompt" (or
+    else the question) whether what the model read ends by opening a <think>.
+    """
+    info = extra_info or {}
+    question = str(info.get("question") or "")
+    prediction = extract_answer(solution_str, str(info.get("prompt") or question))
+    truths = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
+    truths = [extract_answer(str(truth)) or str(truth) for truth in truths]
+    right = prediction is not None and any(answers_match(prediction, truth, question) for truth in truths)
+    return {"score": 1.0 if right else -1.0, "acc": right, "pred": prediction or ""}
+
+
+def trl_reward(completions, answer, prompts=None, **columns):
+    """The scores of a list of completions, as text or as chat messages, given their answers; for TRL's GRPOTrainer."""
+    prompts = prompts or [""] * len(completions)
+    texts, asked = (
+        [x if isinstance(x, str) else x[-1]["content"] for x in column] for column in (completions, prompts)
+    )
+    return [compute_score("", *row, {"question": question})["score"] for *row, question in zip(texts, answer, asked)]
+
+
+def overlong_penalty(length, max_length, buffer_length, factor=1.0):
+    """The soft overlong punishment (eq. 13), to be added to the reward of a response of `length` tokens.
+
+    0 up to max_length - buffer_length, from there falling evenly to -factor at max_length, and no further. With a
+    buffer_length of 0 there is no punishment.
+    """
+    if buffer_length == 0:
+        return 0.0
+    excess = length - (max_length - buffer_length)
+    return -factor * min(max(excess / buffer_length, 0.0), 1.0)
+
 
 # ---- The answer in a response ---------------------------------------------------------------------------------------
 
+THOUGHT = re.compile(r"<(/?)(?:think(?:ing)?|thought|reasoning)>|<\|(?:begin|(end))_of_thought\|>|◁(/?)think▷")
 MARKER = re.compile(
-    r"####+|\\(?:boxed|fbox)(?![a-z])|answer[*_ ]*(?:[:：]|is\b)|答案[*_ ]*(?:[:：]|是|为)", re.IGNORECASE
+    r"""(?P<box>\\boxed\s*\{) | (?P<bare>\\boxed\s*(?=[-\\\w])) | (?P<tag><answer>) | (?P<hashes>\#{4,})
+    | (?P<colon>(?:answer|答案)(?:\ \([^()\n]*\))?[*_}`\ ]*[:：])
+    | (?P<title>^[\#*_\ \t]*(?:\\textbf\{)?(?:the\ )?(?:final\ )?answer[*_}\ \t]*$)
+    | (?P<prose>answer[*_]*(?:\ (?:to|for|of)(?:\ [\w'’]+){1,6}?)?\ (?:is|are|equals|turns\ out\ to\ be
+      |(?:should|must|would|will)\ be)\b | 答案就?[是为])""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or something escaped, which is none
-SENTENCE_END = re.compile(r"\.\s|。|,? (?:because|since)\b")
+REWRITTEN = [  # before a text is searched
+    (r"</?(?:b|strong|i|em|u|p|span|code|mark|br)\b[^<>]*>", ""),
+    (r"\\(?:fbox|framebox)(?![A-Za-z])", r"\\boxed"),
+    (r"(?:(?<=[=(])\s*[-−]\s*|(?<=[\s$:])[-−])\\boxed\s*\{", r"\\boxed{-"),
+    (  # boxes that are one answer: `and`, `$, $x_2=`, `. Part (b): `
+        r"""(?ix)(\\boxed\s*\{(?:[^{}]|\{[^{}]*\})+)\} [\s$(]*
+        (?:(=)|(?=[^\\\n]*(?:[,;、)和或与及]|\band\b|\bor\b|\\text)) (?:[\s$(),;、.:和或与及]|\band\b|\bor\b|maybe|perhaps|also
+        |Part|\\text\{[\ ,]*(?:and|or)\ ?\}|[a-z](?:_\{?\d\}?)?\ ?=|[a-z](?=\)))*) [\s$(]* \\boxed\s*\{""",
+        lambda m: f"{m[1]}{m[2] or (' or ' if re.search('[^a-z]or[^a-z]|或', m[0]) else ', ')}",
+    ),
+]
+REWRITTEN = [(re.compile(pattern), standard) for pattern, standard in REWRITTEN]
+BLOCK = re.compile(r"```\w*\n(.*?)```|\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.DOTALL)
+ITEM = re.compile(r"(?:[-*•]|\d+[.)])\s+(.+)")
+FILLER = re.compile(
+    r"(?:\s*(?:indeed|therefore|thus|simply|just|exactly|clearly|equal to|option|choice)\b[ ,:]*)*", re.I
+)
+AFTERTHOUGHT = re.compile(
+    r"""(?<=[\d}$)\]*])\.\s | \.\s+(?=[A-Z\\$(*]) | 。 | [；;]\s*(?=[a-z]+\ ) | </ | \ \((?!or\b|and\b|mod\b|not\b)[a-z]
+    | ,?\ (?:because|since|as|so|which|where|when|while|given|meaning|hence|thus|in\ total|in\ all)\b""",
+    re.VERBOSE,
+)
+CLEAR = re.compile(r"[-+−–$\\({\[√\d*\"'“`]|.{1,3}$|(?:yes|no|true|false|none)\b", re.IGNORECASE)
 DECORATION = ' \t\r\n*_`"“”'
 FORMULA = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 
 
-def extract_answer(text):
+def extract_answer(text, prompt=""):
     r"""The final answer that a response announces, as text, or None.
 
-    Announced by `\boxed{7}` (or \fbox), `#### 7`, `Answer: 7`, `the answer is 7`, `答案：7` or `答案是 7`. The last
-    announcement counts, and after a `</think>` only what follows it. None where there is none, or nothing in it: the
-    last number somewhere in a text is not an answer, and taking it for one would reward guessing.
+    Announced by `\boxed{7}` (or \fbox), `<answer>7</answer>`, `#### 7`, `Answer: 7`, `the answer is 7`, `答案：7` or
+    `答案是 7`. The last announcement counts that has something in it; what follows "####" (a heading?) and "the answer
+    is" (in simplest form?) has to look like an answer, unless there is no other. After a `</think>` only what follows
+    it counts, and a thought that is not closed has no answer, whether the response opened it or the prompt. None where
+    nothing is announced: taking the last number somewhere in a text for an answer would reward guessing.
     """
-    text, marker = text.rpartition("</think>")[2], None
-    for marker in MARKER.finditer(text):
-        pass
-    if marker is None:
+    *_, thought = [None, *THOUGHT.finditer(text)]
+    if not any(thought.groups()) if thought else re.search(r"<think(?:ing)?>\s*$", prompt):
         return None
-    sign, rest = marker.group(), text[marker.end() :]
-    if sign.startswith("\\"):
-        rest = rest.lstrip()
-        answer = before_closing_brace(rest[1:]) if rest.startswith("{") else re.match(r"[^\s${}]*", rest).group()
-        return tidy(answer or "") or None
-    rest = rest.lstrip(" \t*_:：" if sign.startswith("#") else " \t*_:：\n")
-    sentence = SENTENCE_END.split(rest.partition("\n")[0], maxsplit=1)[0]
+    text, unclear = text[thought.end() :] if thought else text, None
+    for pattern, standard in REWRITTEN:
+        count = 1
+        while count:
+            text, count = pattern.subn(standard, text)
+    for marker in reversed(list(MARKER.finditer(text))):
+        kind, rest = marker.lastgroup, text[marker.end() :]
+        answer = announced(rest, kind)
+        if answer is None:
+            return None  # a box broken off
+        if answer.strip(". ") and (kind not in ("hashes", "prose") or CLEAR.match(answer) and not ITEM.match(answer)):
+            return answer
+        unclear = unclear or answer.strip(". ") or None
+    return unclear
+
+
+def announced(rest, kind):
+    """What a box holds, or what follows "Answer:": a block, items of a list, or a sentence without its afterthoughts."""
+    if kind == "box":
+        inside = before_closing_brace(rest)
+        return inside if inside is None else tidy(inside)
+    if kind == "bare":
+        return tidy(re.match(r"[-\\\d][^\s${}]*|\w\b|", rest).group())
+    if kind == "tag":
+        return tidy(rest.partition("</answer>")[0])
+    start = rest.lstrip(" \t*_:：>}" if kind == "hashes" else " \t*_:：>}\n")
+    if block := BLOCK.match(start):
+        return tidy(next(filter(None, block.groups()), ""))
+    if "\n" in rest[: len(rest) - len(start)] and ITEM.match(start):
+        return ", ".join(tidy(ITEM.match(line)[1]) for line in takewhile(ITEM.match, start.split("\n")))
+    sentence = AFTERTHOUGHT.split(start[FILLER.match(start).end() :].partition("\n")[0], maxsplit=1)[0]
     inside = before_closing_brace(sentence)  # where the sentence is in a box
-    return tidy(sentence if inside is None else inside) or None
+    return tidy(sentence if inside is None else inside)
 
 
 def before_closing_brace(text):
@@ -66,237 +161,534 @@ def before_closing_brace(text):
 
 
 def tidy(answer):
-    """An answer without emphasis, quotation marks, full stop and the signs that make it a formula."""
-    answer = answer.strip(DECORATION).rstrip(".。 ").strip(DECORATION)
+    """An answer without emphasis, quotation marks, full stop, and the signs that make it a formula."""
+    answer = re.sub(r"(?:(?<![.\\])\.(?!\.)|[。，]|(?<!\\),)+$", "", answer.strip(DECORATION)).strip(DECORATION)
     formula = FORMULA.fullmatch(answer)
     return next(filter(None, formula.groups())).strip().rstrip(".") if formula else answer
 
 
-# ---- Its comparison with the ground truth ---------------------------------------------------------------------------
+# ---- One spelling ---------------------------------------------------------------------------------------------------
 
-LONGEST = 500  # characters; longer answers are compared as they stand
-SIGNS = {"\u2212": "-", "×": "*", "·": "*", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup "}
-FULL_WIDTH = {chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F)}
-ASCII = str.maketrans(SIGNS | FULL_WIDTH | dict.fromkeys("\u00a0\u2009\u202f\u3000", " "))
-LAYOUT = [  # what can be written in several ways, and how it is written here
+
+def synonyms(table):
+    """`standard spelling spelling | standard spelling` → {spelling: standard}"""
+    rows = (row.split() for row in table.split("|"))
+    return {spelling: standard for standard, *spellings in rows for spelling in spellings}
+
+
+SIGNS = synonyms(r"""\infty ∞ | \le ≤ ⩽ | \ge ≥ ⩾ | \ne ≠ | \cup ∪ | \cap ∩ | \emptyset ∅ | \in ∈ | \pm ± | \mp ∓ | \div ÷
+    | \approx ≈ | \to → | \angle ∠ | \sqrt √ | \mathbb{R} ℝ | \mathbb{Z} ℤ | \mathbb{N} ℕ | \mathbb{Q} ℚ | \Delta Δ
+    | \alpha α | \beta β | \gamma γ | \delta δ | \epsilon ε | \theta θ | \lambda λ | \mu μ | \pi π | \rho ρ | \sigma σ
+    | \tau τ | \phi φ | \omega ω | * × · ⋅ ∙ • ∗ | - − – — ‐ ‑ | ' ′ ’ | '' ″ | / ⁄""")
+ASCII = {sign: f"{name} " if name.startswith("\\") else name for sign, name in SIGNS.items()}
+ASCII = str.maketrans(ASCII | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad✅✓✔", ""))
+MACROS = synonyms(r"""\frac \dfrac \tfrac \cfrac | \binom \dbinom \tbinom | \le \leq \leqslant | \ge \geq \geqslant
+    | \ne \neq | \to \rightarrow | \emptyset \varnothing | \ldots \dots \cdots \dotsc | \overline \bar | \Delta \triangle
+    | \setminus \backslash | * \times \cdot \cdotp \ast \bullet | : \colon | ' \prime | ( \langle \lparen | ° \degree
+    | ) \rangle \rparen | % \% | $ \$ | & \& | _ \_ | or \lor \vee | \{ \lbrace | \} \rbrace
+    | \text \mathrm \textrm \textbf \textit \textnormal \mbox \operatorname \textsf \texttt \emph""")
+DRESS = """left right displaystyle textstyle limits big bigl bigr Big Bigl Bigr bigg biggl biggr large Large bm boldsymbol
+    mathbf mathsf mathit underline boxed ensuremath""".split()
+LAYOUT = [  # what else can be written in several ways, and how it is written here
+    (r"(?<![A-Za-z\\])([kcdm]?m)([²³])", r"\\text{\1}\2"),  # a unit, where m^2 is a formula
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda powers: f"^{{{unicodedata.normalize('NFKC', powers[0])}}}"),
+    (r"[¼-¾⅐-⅞]", lambda fraction: f" {unicodedata.normalize('NFKC', fraction[0])} "),
+    (r"√ ?(\d+)", r"\\sqrt{\1}"),
+    (r"(?s).+", lambda text: tidy(unicodedata.normalize("NFKC", text[0].translate(ASCII)).translate(ASCII))),
     (r"(?<!\\)\$((?:\\.|[^$\\])*)\$", r" \1 "),
-    (r"\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[!()\[\]]", ""),
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
-    (r"\\(?:times|cdot)(?![a-z])", "*"),
-    (r"\\([%$#&_])|\{(,)\}", r"\1\2"),
+    (rf"(?<!\\)\\[([)\]!]|\\(?:{'|'.join(DRESS)})(?![a-zA-Z])|\\(?:text)?color ?\{{\w+\}}", ""),
+    (r"(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace)(?![a-zA-Z])|~|\s+", " "),
+    (r"\\(?:[a-zA-Z]+|[%$&_])", lambda macro: MACROS.get(macro[0], macro[0])),
+    (r"\\text ?\{[ ,]*(and|or|和|或)[ ,]*\}", r" \1 "),
+    (r"\\text ?\{([^{}]+?),? ?\b(and|or) ?\}", r"\\text{\1} \2 "),
+    (r"(?i)(?<=\d) ?(?:\\text ?\{)? ?([ap])\.? ?m\.? ?\}?$", r" \1m"),
+    (r"\\text ?\{([^{}A-Za-z\u4e00-\u9fff]*|\(?[A-J][.)]* ?| ?(?:[ied]|Rs\.) ?)\}|\{([,+*:-])\}", r"\1\2"),
+    (
+        r"(?<![\\a-zA-Z])(?:\\text ?\{ ?)?(sqrt|sin|cos|tan|arc\w{3}|ln|log|exp|gcd|lcm|pi|infinity)(?![a-zA-Z])(?: ?\})?",
+        r"\\\1 ",
+    ),
+    (r"\\infinity|\+\\infty", r"\\infty"),
+    (r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|° ", "°"),
+    (r"\^ ?\{ ?('+) ?\}|\^('+)", r"\1\2"),
+    (r"(?<=[\w)])\*\*(?=[\w(-])", "^"),
+    (r">=|=>", r"\\ge "),
+    (r"<=", r"\\le "),
+    (r"!=", r"\\ne "),
+    (r":=", "="),
+    (r"\.\.\.", r"\\ldots "),
+    (r"\\frac ?(\w)", r"\\frac{\1}"),
+    (r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"\\sqrt ?(\[\w+\])? ?(?:\((\w+)\)|\{ ?(\w+) ?\}|(\w))", r"\\sqrt\1{\2\3\4}"),
+    (r"([_^]) ?\{ ?(\w) ?\}", r"\1\2"),
+    (r"\((\d+)\)_", r"\1_"),
+    (r"\\mathbb ?([A-Z])", r"\\mathbb{\1}"),
+    (r"\{ ?(\w+) ?\\choose ?(\w+) ?\}", r"\\binom{\1}{\2}"),
+    (r"\\(begin|end)\{(?:array|(?:small|[bp])?matrix)\}(?:\{[lcr|]*\})?", r"\\\1{pmatrix}"),
+    (r"(\\\\)(?:\[\w+\])? ?(?=(\\end)?)", r"\1"),
+    (r"^[(\[] ?(\\begin.*\\end\{pmatrix\}) ?[)\]]$", r"\1"),
+    (
+        r"^\[ ?\[(.+)\] ?\]$",
+        lambda m: (
+            r"\begin{pmatrix}%s\end{pmatrix}" % m[1].replace("], [", "],[").replace("],[", r"\\").replace(",", "&")
+        ),
+    ),
+    (r"^(?:\\text\{)?[Aa]ll real(?: number)?s?\}?$", r"\\mathbb{R}"),
+    (r"^\](.*)$", r"(\1"),
+    (r"^([(\[][^()\[\]]*)\[$", r"\1)"),
+    (r"^\\\{ ?[a-z] ?(?:\||:|\\mid(?![a-z]))(.*)\\\}$", r"\1"),
+    (r"^(\d+) to (\d+)$", r"\1:\2"),
+    (
+        r"^\\forall[^,]*,|,? ?(?:\\forall|\\text\{ ?for all ?\}).*$|^\([a-z, ]+\) ?= ?(?=\()|^[a-z](?:_\w)? ?\\in(?![a-z]) ?",
+        "",
+    ),
+    (r", ?[a-z] ?\\in ?\\mathbb\{[ZN]\}.*$", ""),
+    (r"(\d) ?(\\text ?\{ ?[a-z.]+ ?\}|[a-z]{2,}\.?|h) ?(?=\d)", r"\1 \2, "),
 ]
 LAYOUT = [(re.compile(pattern), standard) for pattern, standard in LAYOUT]
-WRAPPER = re.compile(r"(?:\\(?:text|mathrm|mathbf|textbf|textrm|mbox|boxed|fbox) ?)?\{(.*)\}")
-CHOICE = re.compile(r"\(?([A-Za-z])[).:]")
-WORDS = re.compile(r"[^\W\d_]+(?:[ ,.'’-]+[^\W\d_]+)*")
-NAMED = re.compile(
-    r"(\\?[A-Za-z]\w*(?:_\{\w+\})?(?:\([\w ,]+\))?|(?:[-\d +*/^().{}]|\\[dt]?frac|\\sqrt)+) ?= ?([^=<>]+)"
-)
-UNFINISHED = re.compile(r"[\d)}\]] ?[-+*/]")
-SET, TUPLE = re.compile(r"\\\{.*\\\}"), re.compile(r"\(.*,.*\)")
-NO_FORMULA = re.compile(r"(?<![\\{A-Za-z])(?!sqrt|infinity)[A-Za-z]{4}|\d \d|[$?\x00-\x1f\ud800-\udfff]")
-
-
-def answers_match(prediction, ground_truth):
-    """Whether two answers are the same: as text or as numbers or, where they are neither, as mathematics."""
-    if max(len(prediction), len(ground_truth)) > LONGEST:
-        return prediction.strip() == ground_truth.strip()
-    prediction, truth = without_names(plain(prediction), plain(ground_truth))
-    if prediction == truth or "\\" not in truth and prediction.casefold() == truth.casefold():
-        return truth != ""
-    are_words = [WORDS.fullmatch(answer) is not None for answer in (prediction, truth)]
-    if any(are_words):
-        return all(are_words) and as_words(prediction) == as_words(truth)
-    number, true_number = as_number(prediction), as_number(truth)
-    if number and true_number:
-        return same_number(number, true_number)
-    if true_number and UNFINISHED.search(prediction):  # 13+21 where it is 34: the judge is not to do the work
-        return False
-    formulas = [TEXT_UNIT_AT_END.sub("", answer) for answer in (prediction, truth)]
-    if any(map(SET.fullmatch, formulas)) and any(map(TUPLE.fullmatch, formulas)):
-        return False
-    return not any(map(NO_FORMULA.search, formulas)) and same_formula(*formulas)
+WRAPPER = re.compile(r"(?:\\text ?)?\{(.*)\}|\(([^(),;]*)\)")
 
 
 def plain(answer):
     r"""An answer in plain characters and without layout: `\text{ 1\,234 }` → `1 234`."""
-    answer = tidy(answer.translate(ASCII))
     for pattern, standard in LAYOUT:
         answer = pattern.sub(standard, answer)
-    answer = answer.strip()
-    while (wrapped := WRAPPER.fullmatch(answer)) and before_closing_brace(wrapped[1]) is None:
-        answer = tidy(wrapped[1])
-    choice = CHOICE.fullmatch(answer)
-    return choice[1] if choice else answer
+    answer = tidy(answer)
+    while (wrapped := WRAPPER.fullmatch(answer)) and before_closing_brace(wrapped[1] or "") is None:
+        answer = tidy(wrapped[1] or wrapped[2] or "")
+    return answer
 
 
-def as_words(answer):
-    return re.findall(r"\w+", answer.casefold())
+# ---- The comparison with the ground truth ---------------------------------------------------------------------------
+
+LONGEST = 500  # characters; longer answers are compared as they stand
+CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?!\d))[ :.]*(?![ :.]*(?:or|and)\b|,)(.*)|([A-Ja-j])")
+NOISE = re.compile(r"-?(?=(?:\D*\d){15})0?\.?0*\d*\.\d+")  # a truth with 15 digits or more is a float
+IRRATIONAL = re.compile(r"\\(?:sqrt|pi|ln|log|sin|cos|tan|exp|arc)|e\^|\^\{[^{}]*[/.]")
+MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b", re.IGNORECASE)
+NO_FORMULA = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{4}|(?<![_\d])\d+ \d|\d_|[$?\x00-\x1f\ud800-\udfff]")
+WORK = [
+    r"\\sum",
+    r"\\prod",
+    r"\\int",
+    r"\\lim",
+    r"\\binom|!",
+    "gcd",
+    "lcm",
+    "max",
+    "(?<!set)min",
+    "mod",
+    r"\\det",
+    r"frac\{d",
+]
+SEPARATOR = r"\s*[,;、&]\s*(?:(?:and|or)\b)?|\b(?:and|or)\b|[和或]"
+EQUALS = r"=|\\approx"
+RELATION = re.compile(r"[<>]|\\[lgn]e(?![a-z])")
+NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?: ?\([^()]*\)| [A-Z]+)?|\|[A-Z]{2}\||\\[a-z]+\{[^{}]*\}")
 
 
-def without_names(*answers):
-    """`x=7` → `7` and `13+21=34` → `34`, unless the other one is another equation, such as `y=7`."""
-    equations = [NAMED.fullmatch(answer) for answer in answers]
-    names = {
-        equation[1].strip() if equation else answer for equation, answer in zip(equations, answers) if "=" in answer
-    }
-    return [equation[2] if equation and len(names) == 1 else answer for equation, answer in zip(equations, answers)]
+def answers_match(prediction, ground_truth, question=""):
+    """Whether an answer is the ground truth: as text, as numbers, or as mathematics. `question` is what it may copy."""
+    if ground_truth.strip() in ("", "None", "nan"):
+        return False
+    if max(len(prediction), len(ground_truth)) > LONGEST:
+        return prediction.strip() == ground_truth.strip()
+    prediction, truth = plain(prediction), plain(ground_truth)
+    return same(prediction, truth) and not copied(prediction, truth, question)
 
 
-DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:\ \d{3})+|\d+)(?:\.\d*)?|\.\d+"
-FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?([^{}]*?) ?\}|(\d)) ?(?:\{ ?([^{}]*?) ?\}|(\d))")
+def copied(answer, truth, question):
+    """Whether an answer is a formula of the question that the truth does not have. Numbers and names are no formulas."""
+    if not question or as_number(answer) or not re.search(r"[-+*/^!(]|\\[a-z]", answer):
+        return False
+    parts, true_parts = (re.findall(r"\\[A-Za-z]+|\S", text) for text in (answer, truth))
+    formula = r"(?<![\w}^.\\])" + r"\s*".join(map(re.escape, parts)) + r"(?![\w^{])"
+    return sorted(parts) != sorted(true_parts) and re.search(formula, plain(question)) is not None
+
+
+def same(answer, truth):
+    """Whether two plain answers are the same. Lists, points, and equations are taken apart until neither is one."""
+    if answer == truth or not answer or not truth:
+        return answer == truth != ""
+    (letter, text), (true_letter, true_text) = as_choice(answer), as_choice(truth)
+    if letter and true_letter:
+        return letter == true_letter and (not text or not true_text or same(text, true_text))
+    if (letter or true_letter) and text and true_text:  # (D) 42 where it is 42
+        return same(text, true_text)
+    point, true_point, values, true_values = (
+        as_point(answer),
+        as_point(truth),
+        as_values(answer, truth),
+        as_values(truth),
+    )
+    if point and true_point:
+        return answer[0] + answer[-1] == truth[0] + truth[-1] and all_same(point, true_point)
+    if (point or true_point) and len(values) + len(true_values) > 2:  # x=1, y=2 where it is (1, 2)
+        listed = sorted(values) if all("=" in value for value in values) else values
+        return "\\{" not in (answer[:2], truth[:2]) and all_same(point or listed, true_point or true_values)
+    if len(values) > 1 or len(true_values) > 1 or answer != values[0] or truth != true_values[0]:
+        right = all(any(same(value, true) for true in true_values) for value in values)
+        return right and all(any(same(value, true) for value in values) for true in true_values)
+    if len(split(answer, EQUALS)) > 1 or len(split(truth, EQUALS)) > 1:
+        return same_equation(answer, truth)
+    number, true_number = as_number(answer), as_number(truth)
+    if number and true_number:
+        return (
+            same_number(number, true_number) or NOISE.fullmatch(truth) is not None and near(number[0], truth)
+        )
+    if true_number and not (NOISE.fullmatch(truth) and IRRATIONAL.search(answer)):
+        return False  # 13+21 where it is 34: the judge is not to do the work
+    words, true_words = as_words(answer), as_words(truth)
+    if words or true_words:
+        return words == true_words
+    if ":" in answer or ":" in truth:
+        return same_ratio(split(answer, ":"), split(truth, ":"))
+    (formula, unit), (true_formula, true_unit) = without_unit(answer), without_unit(truth)
+    if not same_unit(unit, true_unit) or any(re.search(w, formula) and not re.search(w, true_formula) for w in WORK):
+        return False
+    return not any(map(NO_FORMULA.search, (formula, true_formula))) and formulas_match(formula, true_formula)
+
+
+def all_same(answers, truths):
+    return len(answers) == len(truths) and all(map(same, answers, truths))
+
+
+def masked(text):
+    """A text in which each sign between brackets is a NUL."""
+    depth, outside = 0, ""
+    for sign in text:
+        depth -= sign in ")]}"
+        outside += sign if depth <= 0 else "\0"
+        depth += sign in "([{"
+    return outside
+
+
+def split(text, separator):
+    """The parts of a text between separators that are not in brackets."""
+    ends = [found.span() for found in re.finditer(separator, masked(text))]
+    starts = [0, *(end for _, end in ends)]
+    parts = (text[start:end].strip() for start, (end, _) in zip(starts, [*ends, (None, None)]))
+    return [part for part in parts if part]
+
+
+def as_choice(text):
+    """`(D) 42` → `D`, `42`; where there is no letter, None and the text"""
+    choice = CHOICE.fullmatch(text)
+    return ((choice[1] or choice[3]).upper(), choice[2] or "") if choice else (None, text)
+
+
+def as_point(text):
+    """The coordinates of `(1, 2)`, or the ends of an interval, or None."""
+    parts = split(text[1:-1], "[,;]") if re.fullmatch(r"[(\[]\0*[)\]]", masked(text)) else []
+    return parts if len(parts) > 1 else None
+
+
+def as_values(text, truth=""):
+    r"""The values of a list or a set: `x=\pm 2` → `x=+2`, `x=-2`. A single value is a list of one."""
+    if r"\pm" in text or r"\mp" in text:
+        upper, lower = text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+")
+        return as_values(upper) + as_values(lower)
+    if r"\begin" in text or MONTH.search(text) or as_point(text):
+        return [text]
+    if as_number(text) and not re.search(r"[^\\][,;] |°,", truth):  # 1,200 is a number, unless the truth is a list
+        return [text]
+    braces = re.fullmatch(r"(?:\w ?= ?)?\\\{(?!\\emptyset)(.*)\\\}", text)
+    parts = split(braces[1], "[,;]") if braces else split(text, SEPARATOR)
+    return [text] if all(map(RELATION.search, parts)) else parts  # an inequality, or several joined by and, or
+
+
+def same_equation(answer, truth):
+    """The last side of an equation is its value, unless the other is another equation, such as `y=7` for `x=7`."""
+    sides, true_sides = split(answer, EQUALS), split(truth, EQUALS)
+    numbers = [value / (100 if unit == "percent" else 1) for value, unit in filter(None, map(as_number, sides))]
+    digits = len(sides[-1].partition(".")[2]) if r"\approx" in answer else None
+    if re.match(EQUALS, answer) or any(
+        n != numbers[-1] != (n if digits is None else round(n, digits)) for n in numbers
+    ):
+        return False  # 41=42
+    if r"\approx" in answer + truth:
+        return any(same(side, true) for side in sides for true in true_sides)
+    if len(true_sides) == 1:
+        return same(value_of(sides), truth)
+    if len(sides) == 1:
+        return all(map(is_name, true_sides[:-1])) and same(answer, value_of(true_sides))
+    function, true_function = (re.fullmatch(r"([A-Za-z]\w*) ?\(([a-z])\)", side[0]) for side in (sides, true_sides))
+    if function and true_function and function[1] == true_function[1]:
+        return same(re.sub(rf"(?<![A-Za-z\\]){function[2]}(?![A-Za-z])", true_function[2], sides[-1]), true_sides[-1])
+    if sides[0] == true_sides[0] or not re.search("[A-Za-z]", "".join(true_sides[:-1])):
+        return same(value_of(sides), value_of(true_sides))
+    return formulas_match(answer, truth)
+
+
+def value_of(sides):
+    r"""The value of `x=7`, `13+21=34` or `7=x`."""
+    return sides[0] if re.fullmatch(r"\\?[A-Za-z]+", sides[-1]) and not NAME.fullmatch(sides[0]) else sides[-1]
+
+
+def is_name(side):
+    r"""Whether an equation with this left side tells a value: `x`, `f(2)`, `\angle ABC`, or a calculation."""
+    return NAME.fullmatch(side) is not None or re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", side)) is None
+
+
+def same_ratio(parts, true_parts):
+    """Ratios are proportional, and times are the same minute."""
+    numbers, true_numbers = ([number and number[0] for number in map(as_number, side)] for side in (parts, true_parts))
+    if len(parts) != len(true_parts) or len(parts[-1]) == len(true_parts[-1]) == 2 or not all(numbers + true_numbers):
+        return all_same(parts, true_parts)
+    return all(a * true_numbers[0] == b * numbers[0] for a, b in zip(numbers, true_numbers))
+
+
+def as_words(text):
+    """The words of an answer that is no formula, without articles; a date's in any order. None for a formula."""
+    text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).strip()
+    if not re.fullmatch(r"[\w\s,.:'()/!-]+", text) or not re.search(
+        r"[^\W\d_]{3}|[^\x00-\x7f]|^[Nn][Oo]$|^on$|\d [apAP]m$", text
+    ):
+        return None
+    words = [
+        word for word in re.findall(r"\d+|[^\W\d_]+", text.casefold()) if word not in ("a", "an", "the", "th", "st")
+    ]
+    return sorted(words) if MONTH.search(text) else words
+
+
+# ---- Numbers and units ----------------------------------------------------------------------------------------------
+
+DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\ \d{3})+|\d+)(?:\.\d*)?|\.\d+"
+FRACTION = re.compile(r"\\frac ?\{ ?([^{}]*?) ?\} ?\{ ?([^{}]*?) ?\}")
 NUMBER = re.compile(
-    rf"""(?P<sign>[+-]?)\ ?(?P<currency>[$€£¥]?)\ ?
-    (?:(?P<whole>\d+)\ (?=\d+/))?  (?P<top>[+-]?(?:{DECIMAL}))
-    (?: e(?P<power>[+-]?\d{{1,3}}) | \ ?\*\ ?10\ ?\^\ ?(?P<brace>\{{)?(?P<exponent>[+-]?\d{{1,3}})(?(brace)\}}) )?
+    rf"""(?P<sign>[+-]?)\ ?(?P<currency>(?:(?:US|HK|A)?[$]|[€£¥₹]|Rs\.?|USD)?)\ ?
+    (?:(?P<whole>\d+)\ +(?=\d+\ ?/))?  (?P<top>[+-]?(?:{DECIMAL}))(?:\\overline\{{?(?P<period>\d+)\}}?)?
+    (?: e(?P<power>[+-]?\d{{1,3}}) | \ ?[*x]\ ?10\ ?\^\ ?(?P<brace>\{{)?(?P<exponent>[+-]?\d{{1,3}})(?(brace)\}}) )?
     (?:\ ?/\ ?(?P<bottom>[+-]?(?:{DECIMAL})))?
+    (?:\ ?(?:\\text\ ?\{{\ ?)?(?P<scale>hundred|thousand|million|billion|trillion|万|亿)(?![a-z])\ ?\}}?)?
     (?P<unit>.*)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-WORD = r"(?:square |cubic )?[^\W\d_]{%d,}(?:(?: per |/)[^\W\d_]+)?"
-TEXT_UNIT = rf" ?\\(?:text|mathrm|mbox) ?\{{ ?({WORD % 1}) ?\}}(?: ?\^ ?\{{?[23]\}}?)?"
-TEXT_UNIT_AT_END = re.compile(TEXT_UNIT + "$")
-UNIT = re.compile(rf"{TEXT_UNIT}| ?([ckm]m|[km]g|ml|[\u4e00-\u9fff]{{1,3}})| ({WORD % 3})")
-UNIT_SIGNS = {"%": "percent", "$": "dollar", "€": "euro", "£": "pound", "¥": "元"}
-UNIT_SIGNS |= dict.fromkeys(["°", r"^\circ", r"^{\circ}"], "degree")
+POWER = re.compile(r"(-?)(1/)?(?:(\d+)|\( ?(-?\d+) ?(?:/ ?(\d+))? ?\)) ?\^ ?(?:\{ ?([+-]?\d{1,5}) ?\}|(\d))")
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
+UNITS = synonyms("""m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | in inch inche ''
+    | km kilometer kilometre 千米 公里 | ft foot feet ' | yd yard | mi mile | km/h kph kmh | mi/h mph | h hour hr 小时 时
+    | min minute 分钟 | s second sec 秒 | g gram 克 | kg kilogram 千克 公斤 | pound lb £ | oz ounce | L liter litre l 升
+    | mL milliliter millilitre ml 毫升 | dollar $ usd us$ 美元 | cent ¢ | euro € eur | yuan ¥ rmb 元 块 | rupee ₹ rs
+    | percent % | degree ° deg 度 | celsius °C C | fahrenheit °F F | / per 每""")
 NO_UNIT = re.compile(
-    r"hundred|thousand|illion|dozen|hal[fv]|third|quarter|(?<!mon)ths?\b|squared|cubed|[零一二三四五六七八九十百千万亿两半或和]"
+    r"""(?:hundred|thousand|.*illion|dozen|hal[fv]e?|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|.+teen|.+tie)th
+    |squared|cubed|ten|hundredth|thousandth|score|gros|gross|grand|lakh|crore|double|triple|factorial|pair|couple|permille|mille
+    |or|not|to|plu|minu|than|if|mod|over|choose|something|and|root|base|power|divided|multiplied|about|pi|nan
+    |.*[零一二三四五六七八九十百千万亿半或和成打倍折不].*|(?!of|at|on|by)[a-z]{1,2}|')s?""",
+    re.VERBOSE,
 )
 
 
 def as_number(answer):
-    r"""(exact Fraction, unit) of `1,234.5`, `-2 1/2`, `\frac13`, `1.5e3`, `$7`, `12\%` or `12 apples`; else None."""
-    match = NUMBER.fullmatch(FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", answer).strip())
-    unit = match and as_unit(match["currency"] + match["unit"])
+    r"""(exact Fraction, unit) of `1,234.5`, `-2 1/2`, `\frac13`, `1.5e3`, `2^{10}`, `$7`, `12\%` or `12 apples`, else None."""
+    answer = FRACTION.sub(r" \1/\2 ", answer).strip()
+    answer = re.sub(r"^\((-?[\d./ ]+)\)$|(?<=/)\((-?\d+)\)$", r"\1\2", answer)
+    if power := POWER.fullmatch(answer):
+        base = Fraction(int(power[3] or power[4]), int(power[5] or 1) or 1)
+        exponent = int(power[6] or power[7]) * (-1 if power[2] else 1)
+        small = base and abs(exponent) * base.numerator.bit_length() < 10**5
+        return (base**exponent * (-1 if power[1] else 1), "") if small else None
+    if angle := re.fullmatch(r"(\d+)° ?(\d+)'(?: ?(\d+)'')?", answer):
+        return sum(Fraction(int(part or 0), 60**place) for place, part in enumerate(angle.groups())), "degree"
+    match = NUMBER.fullmatch(answer)
+    unit = match and as_unit(match["currency"] + " " + match["unit"])
     if unit is None:
         return None
     whole, top, bottom = (Fraction(re.sub("[ ,]", "", match[name] or "0")) for name in ("whole", "top", "bottom"))
-    if match["bottom"]:
-        if bottom == 0:
-            return None
-        top /= bottom
-    power = int(match["power"] or match["exponent"] or 0)
-    return (whole + top) * Fraction(10) ** power * (-1 if match["sign"] == "-" else 1), unit
+    if match["period"]:
+        places = len(match["top"].partition(".")[2])
+        top += Fraction(int(match["period"]), (10 ** len(match["period"]) - 1) * 10**places)
+    if match["bottom"] and not bottom:
+        return None
+    power = int(match["power"] or match["exponent"] or 0) + SCALES.get((match["scale"] or "").lower(), 0)
+    return (whole + top / (bottom or 1)) * Fraction(10) ** power * (-1 if match["sign"] == "-" else 1), unit
 
 
 def as_unit(text):
-    """What a number counts or measures, in the singular: a sign or a word or two. None if it is anything else."""
-    if text.strip() in UNIT_SIGNS:
-        return UNIT_SIGNS[text.strip()]
-    unit = UNIT.fullmatch(text)
-    if unit is None or NO_UNIT.search(text):
-        return None if text else ""
-    return (unit[1] or unit[2] or unit[3]).casefold().removesuffix("s")
+    """What a number counts or measures, in one spelling; None if it is anything else, "?m" if it may be a variable."""
+    words = re.sub(r"\\text ?\{|[{}.,*]", " ", re.sub("(平方|立方|每)", r" \1 ", text))
+    words = re.sub(r"(?i)\b(?:square|sq|平方)s? +(\w+)|(\w+) squared", r"\1\2^2", words)
+    words = re.sub(r"(?i)\b(?:cubic|cu|立方) +(\w+)|(\w+) cubed|(?<=\w) +(?=\^)", r"\1\2^3", words).replace("^3^", "^")
+    tokens = re.findall(r"[^\W\d_]+\$?(?:\^-?\d)?|/|''|°[CF]?|[%$€£¥₹¢']", words)
+    unit = [one_unit(*token.partition("^")) for token in tokens]
+    if None in unit or "".join(tokens) != re.sub(r"\s", "", words):
+        return None
+    weak = r"\text" not in text and "/" not in tokens and tokens and re.fullmatch(r"[A-Za-z](?:\^.*)?|''?", tokens[0])
+    return ("?" if weak else "") + re.sub(r" ?/ ?", "/", " ".join(unit))
+
+
+def one_unit(name, sign, power):
+    """`feet`, `^`, `2` → `ft^2`"""
+    word = name.lower().removesuffix("s")
+    known = name if name in UNITS.values() else UNITS.get(name) or UNITS.get(name.lower()) or UNITS.get(word)
+    return None if not known and NO_UNIT.fullmatch(name.lower()) else (known or word) + sign + power
+
+
+def same_unit(unit, true_unit):
+    """A unit may be missing on one side, and "marbles" are "red marbles"."""
+    if "?" in unit + true_unit:
+        return unit.strip("?") == true_unit.strip("?")
+    short, long = sorted((unit, true_unit), key=len)
+    return not short or short == long or long.endswith(f" {short}") and "/" not in long
 
 
 def same_number(number, true_number):
-    """A unit may be missing on one side, and 12% may also be written as 0.12."""
+    """Exactly; 12% may also be written as 0.12, and where the truth is a number as such, as 12."""
     (value, unit), (true_value, true_unit) = number, true_number
-    if unit and true_unit:
-        return unit == true_unit and value == true_value
+    if unit and true_unit or "?" in unit + true_unit:
+        return value == true_value and same_unit(unit, true_unit)
     scale, true_scale = (100 if unit == "percent" else 1 for unit in (unit, true_unit))
     return value == true_value or value / scale == true_value / true_scale
 
 
-# ---- Symbolic answers -----------------------------------------------------------------------------------------------
-# Algebra can take for ever, and what is compared here was written by a model. Nothing in Python stops it when its time
-# is up: signals reach the main thread only, and on Windows not even that. So it is done in a process of its own, which
-# a clock outside the interpreter, faulthandler's, ends.
+def near(value, truth):
+    """Whether a number rounds to a truth that is a float: to its last digit, or to a float's precision."""
+    digits, exact = len(truth.partition(".")[2]), Fraction(truth)
+    return abs(value - exact) <= max(Fraction(1, 2 * 10**digits), abs(exact) / 2**52)
 
-DECIMALS = re.compile(r"(\d*)\.(\d+)")
-TIME_LIMIT = 0.4  # seconds; a comparison takes about 0.02
-WORKERS = {}  # of each process that asks, which may have been forked: two, one ready to step in for the other
+
+def without_unit(formula):
+    r"""`3\sqrt2\text{ cm}` → `3\sqrt2`, `cm`"""
+    found = re.fullmatch(r"(.*?[\w)}\]])\s*(\\text ?\{.*|(?<=[ \d)}])(?:[a-z]{3,}|[ckm]m|kg|sq)\b.*|%)", formula)
+    unit = as_unit(found[2]) if found else None
+    return (found[1], unit) if unit else (formula, "")
+
+
+# ---- Formulas -------------------------------------------------------------------------------------------------------
+# Algebra can take for ever, and what is compared here was written by a model. Nothing in Python stops it when its time
+# is up, so it is done in another process, which forks for each comparison: the child begins warm, knows nothing of
+# former ones, and is killed by the kernel when its CPU time is over, however busy the machine is.
+
+CPU_LIMIT = 0.8  # seconds for a comparison, which takes about 0.02
+CLOCK_LIMIT = 60  # seconds; for what waits instead of computing, and for all on Windows, which cannot fork
+TIMEOUTS = []  # the comparisons given up, which are wrong this once, but not remembered as wrong
+WORKERS = {}  # of each process that asks, which may have been forked
 LOCK = threading.Lock()
 
 
+def formulas_match(formula, true_formula):
+    """Whether sympy finds two formulas equal before CPU_LIMIT is over."""
+    try:
+        return same_formula(formula, true_formula)
+    except TimeoutError:
+        warnings.warn(f"a formula that cannot be compared in {CPU_LIMIT} s counts as wrong, see reward.TIMEOUTS")
+        TIMEOUTS.append((formula, true_formula))
+        return False
+
+
 @functools.lru_cache(maxsize=2**16)
-def same_formula(prediction, truth):
-    """Whether math-verify finds two formulas equal before TIME_LIMIT is over."""
+def same_formula(*formulas):
+    """formulas_match, which remembers verdicts, but not that the time was over, which raises TimeoutError."""
     with LOCK:
-        if os.getpid() not in WORKERS:
-            WORKERS[os.getpid()] = [start_worker(), start_worker()]
-            if ask_worker("x+1", "1+x") != "True":
-                del WORKERS[os.getpid()]
-                raise ImportError(
-                    "math-verify, which compares formulas, does not work: pip install -r requirements.txt"
-                )
-        return ask_worker(prediction, truth) == "True"
+        worker = WORKERS.get(os.getpid())
+        if worker is None or worker.poll() is not None:
+            worker = WORKERS[os.getpid()] = start_worker()
+        worker.stdin.write(json.dumps(formulas) + "\n")
+        worker.stdin.flush()
+        verdict = worker.stdout.readline().strip()
+    if not verdict:
+        raise TimeoutError
+    return verdict == "True"
 
 
 def start_worker():
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)  # Ctrl-C is for who asks
-
-
-def ask_worker(*formulas):
-    """The first worker's answer: True, False or, if it has died of the question, nothing."""
-    workers = WORKERS[os.getpid()]
-    workers[:] = [start_worker() if worker.poll() is not None else worker for worker in workers]  # killed from outside
-    try:
-        workers[0].stdin.write(json.dumps(formulas) + "\n")
-        workers[0].stdin.flush()
-        answer = workers[0].stdout.readline().strip()
-    except OSError:
-        answer = ""
-    if not answer:
-        workers.pop(0).kill()
-        workers.append(start_worker())
-    return answer
+    """A process that runs `work`; it takes a second, and however long a busy machine needs."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+    worker = subprocess.Popen([sys.executable, __file__], **pipes, start_new_session=True)  # Ctrl-C is for who asks
+    found = worker.stdout.readline().strip()
+    if found != "ready":
+        why = f"math-verify, which compares formulas, does not work ({found or 'its process was killed'})"
+        raise ImportError(f"{why}: pip install -r requirements.txt")
+    return worker
 
 
 def work():
-    """The worker: reads two formulas a line, writes True or False."""
+    """Reads two formulas a line, and writes True, False or, if it took too long, an empty line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it shares a console with who asks (Windows)
-    from math_verify import LatexExtractionConfig, parse, verify
-    from latex2sympy2_extended import NormalizationConfig
-
-    layout = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none", units=False)
-    latex = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=layout)]
-    answers, sys.stdout = sys.stdout, sys.stderr
+    try:
+        for formula in r"\frac{\sqrt{2}x^2}{2}", r"(1,2]\cup\{3\}", r"\sin(\pi+1)", "2<x":
+            equal(formula, formula)  # the first of a kind takes long, which is not to count
+    except ImportError as error:
+        return print(error, flush=True)
+    print("ready", flush=True)
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(TIME_LIMIT, exit=True)
+        if not hasattr(os, "fork"):
+            faulthandler.dump_traceback_later(CLOCK_LIMIT, exit=True)
+        elif child := os.fork():
+            if os.waitpid(child, 0)[1]:
+                print(flush=True)
+            continue
+        else:
+            signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
+            signal.alarm(CLOCK_LIMIT)
         try:
-            # math-verify takes a decimal for an approximation, a fraction not.
-            exact = [
-                DECIMALS.sub(lambda m: rf"\frac{{{m[1]}{m[2]}}}{{{10 ** len(m[2])}}}", f) for f in json.loads(line)
-            ]
-            prediction, truth = (parse(f"${formula}$", latex, "no_fallback", parsing_timeout=None) for formula in exact)
-            verdict = verify(truth, prediction, allow_set_relation_comp=True, timeout_seconds=None)
+            verdict = bool(equal(*json.loads(line)))
         except BaseException:  # whatever a library makes of it
             verdict = False
+        print(verdict, flush=True)
+        if hasattr(os, "fork"):
+            os._exit(0)
         faulthandler.cancel_dump_traceback_later()
-        print(verdict, file=answers, flush=True)
 
 
-# ---- Rewards --------------------------------------------------------------------------------------------------------
+def equal(formula, true_formula):
+    """Whether sympy finds two formulas equal; exactly, where math-verify by itself compares numbers to 15 digits."""
+    from math_verify import grader
+    from sympy import N
+    from sympy.logic.boolalg import Boolean
+
+    one, other = map(to_sympy, (formula, true_formula))
+    if NOISE.fullmatch(true_formula):
+        return near(Fraction(str(N(one, 30))), true_formula)
+    if not (isinstance(one, Boolean) and isinstance(other, Boolean)) or one.free_symbols == other.free_symbols:
+        one, other = (x.as_set() if isinstance(x, Boolean) and len(x.free_symbols) == 1 else x for x in (one, other))
+    grader.sympy_numeric_eq = lambda one, other, *digits: False
+    grader.sympy_symbolic_eq = lambda one, other: is_zero(one - other)
+    return grader.verify(other, one, allow_set_relation_comp=True, timeout_seconds=None)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None):
-    """Judges a response: {"score": 1.0 or -1.0, "acc": bool, "pred": str}, as verl's custom reward functions do.
+def to_sympy(formula):
+    r"""`\frac{x}{2}` → x/2, with real variables, i, and e."""
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, normalize_latex
 
-    A ground truth that is a worked solution, as in GSM8K (`... #### 42`), stands for its answer.
-    """
-    prediction, truth = extract_answer(solution_str), str(ground_truth)
-    right = prediction is not None and answers_match(prediction, extract_answer(truth) or truth)
-    return {"score": 1.0 if right else -1.0, "acc": right, "pred": prediction or ""}
+    for word, joined in ("or", sympy.Or), ("and", sympy.And):
+        if len(parts := formula.split(f" {word} ")) > 1:
+            return joined(*map(to_sympy, parts))
+    formula = re.sub(r"(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{{10 ** len(m[2])}}}", formula)
+    formula = re.sub(r"([\d}])°", r"\1\\cdot\\frac{\\pi}{180}", formula)
+    formula = re.sub(r"([A-Za-z])('+)", lambda m: rf"{m[1]}_{{prime{len(m[2])}}}", formula)
+    layout = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none", units=False)
+    exact = ConversionConfig(lowercase_symbols=False)
+    options = dict(is_real=True, convert_degrees=False, normalization_config=None, conversion_config=exact)
+    tree = latex2sympy(normalize_latex(formula, layout), **options).doit()
+    if isinstance(tree, sympy.MatrixBase):
+        return tree
+    i, e = sympy.symbols("i e", real=True)
+    tree = tree.subs({i: sympy.I, e: sympy.E})
+    if isinstance(tree, sympy.Expr):  # odd roots of negative numbers are real
+        roots = [
+            x for x in tree.atoms(sympy.Pow) if x.base.is_negative and x.exp.is_Rational and x.exp.q % 2 and x.exp.q > 1
+        ]
+        tree = tree.subs({x: (-1) ** x.exp.p * (-x.base) ** x.exp for x in roots})
+    return tree
 
 
-def trl_reward(completions, answer, **columns):
-    """The scores of a list of completions, as text or as chat messages, given their answers; for TRL's GRPOTrainer."""
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    return [compute_score("", text, truth)["score"] for text, truth in zip(texts, answer)]
+def is_zero(difference):
+    """Whether it is 0 for all variables or, where no absolute value is taken, for positive ones."""
+    import sympy
 
-
-def overlong_penalty(length, max_length, buffer_length, factor=1.0):
-    """The soft overlong punishment (eq. 13), to be added to the reward of a response of `length` tokens.
-
-    0 up to max_length - buffer_length, from there falling evenly to -factor at max_length, and no further. With a
-    buffer_length of 0 there is no punishment.
-    """
-    if buffer_length == 0:
-        return 0.0
-    excess = length - (max_length - buffer_length)
-    return -factor * min(max(excess / buffer_length, 0.0), 1.0)
+    if isinstance(difference, (sympy.MatrixBase, sympy.MatrixExpr)):
+        return all(map(is_zero, sympy.Matrix(difference)))
+    difference = sympy.simplify(difference)
+    if difference.is_number:
+        return difference == 0 or bool(difference.equals(0))
+    if difference.has(sympy.Abs):
+        return False
+    return (
+        sympy.simplify(difference.subs({x: sympy.Symbol(x.name, positive=True) for x in difference.free_symbols})) == 0
+    )
 
 
 if __name__ == "__main__":

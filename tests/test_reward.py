@@ -82,13 +82,24 @@ def test_overlong_penalty_by_hand(length, penalty):
         ("<think>#### 1</think>\n#### 2", "2"),
         ("<think>#### 1</think>", None),
         ("<think>so</think>#### 1</think> 2", None),
-        ("#### 1\nor rather #### ", None),
+        ("#### 1\nor rather #### ", "1"),  # an announcement of nothing changes nothing
         (r"\boxed{1}, no: \boxed{2", None),
         ("The answer: ", None),
         ("Answer: ...", None),
         ("my answers: 9", None),
         ("there are 12 apples", None),
         ("####", None),
+        (r"\boxed{9}. This answer is in simplest form.", "9"),
+        ("Answer: 9\n\n#### Explanation\nThree times three.", "9"),
+        ("**Final Answer**\n\n$$\n9\n$$", "9"),
+        ("<answer>9</answer>", "9"),
+        ("**Answer:**\n- 9", "9"),
+        (r"so $x = -\boxed{9}$", "-9"),
+        (r"the roots are $\boxed{3}$, $\boxed{5}$ and $\boxed{7}$.", "3, 5, 7"),
+        (r"either \boxed{3} or \boxed{5}", "3 or 5"),
+        (r"first \boxed{3}. No, that is wrong; it is \boxed{5}.", "5"),
+        ("<think>#### 1", None),
+        ("</think>#### 1<think>#### 2", None),
         ("#### \n5", None),
         (r"\boxed{", None),
         (r"\boxed{}", None),
@@ -106,13 +117,53 @@ ANSWERS = [
 ]
 
 
+def test_a_prompt_may_open_a_thought():
+    assert reward.extract_answer("#### 1", "2-1?\n<think>\n") is None
+    assert reward.extract_answer("so</think>#### 1", "2-1?\n<think>\n") == "1"
+    assert reward.extract_answer("#### 1", "Think between <think> and </think>.") == "1"
+    info = {"question": "2-1?", "prompt": "<think>"}
+    assert not reward.compute_score("", "#### 1", "1", info)["acc"] and reward.compute_score("", "#### 1", "1")["acc"]
+
+
+JUDGED = json.loads((Path(__file__).parent / "judged_answers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", JUDGED, ids=lambda case: f"{case['kind']}: {case['response'][-40:]!r}, {case['gold']!r}")
+def test_judged_answers(case):
+    """574 answers after public bug reports."""
+    assert reward.compute_score("", case["response"], case["gold"])["acc"] is case["right"]
+
+
+QUESTION = r"Simplify $\sqrt{50}$. Which is larger, 2/3 or \frac{3}{5}, and what is $x+1$ times $(x+2)(x+3)$?"
+
+
+@pytest.mark.parametrize(
+    "answer, truth, right",
+    [
+        (r"\sqrt{50}", r"5\sqrt{2}", False),
+        (r"\sqrt {50}", r"5\sqrt2", False),
+        (r"5\sqrt{2}", r"\sqrt{50}", True),
+        ("(x+2)(x+3)", "x^2+5x+6", False),
+        ("(x+3)(x+2)", "(x+2)(x+3)", True),
+        ("x+1", "1+x", True),
+        ("2/3", r"\frac{2}{3}", True),
+        (r"\frac{3}{5}", "0.6", True),
+    ],
+)
+def test_a_formula_copied_from_the_question_is_no_answer(answer, truth, right):
+    judged = reward.compute_score("", f"Answer: {answer}", truth, {"question": QUESTION})
+    assert judged["acc"] is right and reward.compute_score("", f"Answer: {answer}", truth)["acc"]
+    assert reward.trl_reward([f"Answer: {answer}"], [truth], prompts=[QUESTION]) == [1.0 if right else -1.0]
+
+
 @pytest.mark.parametrize("one, sign, other", ANSWERS)
 def test_answers_match(one, sign, other):
     assert reward.answers_match(one, other) is (sign == "==") and reward.answers_match(other, one) is (sign == "==")
 
 
 @pytest.mark.parametrize(
-    "work", ["13+21", "2*17", r"2\cdot17", "40-6", r"17\times2", r"\frac{60}{2}+4", "34-0", r"4\sqrt{4}+26"]
+    "work",
+    ["13+21", "2*17", r"2\cdot17", "40-6", r"17\times2", r"\frac{60}{2}+4", "34-0", r"4\sqrt{4}+26", r"\sqrt{1156}"],
 )
 def test_work_left_to_the_judge_is_no_answer(work):
     assert not reward.answers_match(work, "34")
@@ -232,29 +283,55 @@ HOSTILE = {
 }
 
 
-def worst_time(text):
-    """Judges a text in every way; gives the most seconds that a verdict took. They are all that it is wrong."""
-    worst = 0.0
+def judged_in_every_way(text):
+    """Asserts that a text is wrong wherever it stands."""
     for announced in text, f"#### {text}", rf"\boxed{{{text}}}":
         for truth in "34", r"\sqrt{7}+x", "yes":
-            start = time.perf_counter()
             assert not reward.compute_score("", announced, truth)["acc"]
-            worst = max(worst, time.perf_counter() - start)
-    start = time.perf_counter()
     reward.answers_match("34", text)
-    return max(worst, time.perf_counter() - start)
 
 
+@pytest.mark.filterwarnings("ignore:a formula that cannot be compared")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_makes_it_hang_or_run_code(name, tmp_path, monkeypatch):
+    """None of 20 verdicts takes over a second of CPU, here or in the process that compares formulas."""
     monkeypatch.chdir(tmp_path)
     reward.same_formula.cache_clear()
-    assert worst_time(HOSTILE[name]) < 5  # on a busy machine; on a quiet one under 1
+    before = time.process_time()
+    judged_in_every_way(HOSTILE[name])
+    assert time.process_time() - before < 5
     reward.same_formula.cache_clear()
     with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(worst_time, HOSTILE[name]).result() < 5
+        thread.submit(judged_in_every_way, HOSTILE[name]).result()
     assert not list(tmp_path.iterdir())
-    assert reward.answers_match(rf"\sqrt{{{len(name) ** 2}}}", str(len(name))), "and it still judges others"
+    assert reward.answers_match(rf"\sqrt{{{len(name) ** 2 * 2}}}", rf"{len(name)}\sqrt2"), "and it still judges others"
+
+
+def test_a_time_out_is_counted_and_not_remembered(monkeypatch):
+    monkeypatch.setattr(reward, "TIMEOUTS", [])
+    for count in 1, 2:
+        with pytest.warns(UserWarning, match="counts as wrong"):
+            assert not reward.answers_match("9^{9^{9^{9}}}", r"\sqrt{7}+x")
+        assert len(reward.TIMEOUTS) == count
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="Windows counts no CPU time")
+def test_verdicts_do_not_depend_on_load():
+    """A worker that starts and judges beside eight busy processes judges as ever; what it wastes is its own CPU time."""
+    code = r"""
+import reward, time
+right = [reward.answers_match(rf"{n}\sqrt{{8}}", rf"{2 * n}\sqrt{{2}}") for n in range(3, 23)]
+assert all(right) and not reward.TIMEOUTS, (right, reward.TIMEOUTS)
+assert not reward.answers_match("9^{9^{9^{9}}}", r"\sqrt{7}+x")
+assert reward.answers_match(r"\sqrt{50}", r"5\sqrt{2}")
+"""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        subprocess.run([sys.executable, "-c", code], cwd=Path(reward.__file__).parent, check=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_threads_ask_side_by_side():
@@ -285,16 +362,15 @@ assert ask(50)
 def test_workers_that_die_are_replaced():
     """Those that died idle, before the next question: a right answer is not called wrong for it."""
     assert reward.answers_match(r"2\sqrt{18}", r"6\sqrt{2}")
-    for worker in reward.WORKERS[reward.os.getpid()]:
-        worker.kill()
-        worker.wait()
+    worker = reward.WORKERS[reward.os.getpid()]
+    worker.kill()
+    worker.wait()
     assert reward.answers_match(r"3\sqrt{18}", r"9\sqrt{2}")
 
 
 def test_ctrl_c_does_not_reach_the_workers():
     assert reward.answers_match(r"\sqrt{20}", r"2\sqrt{5}")
-    for worker in reward.WORKERS[reward.os.getpid()]:
-        worker.send_signal(signal.SIGINT)
+    reward.WORKERS[reward.os.getpid()].send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert reward.answers_match(r"\sqrt{45}", r"3\sqrt{5}")
 
