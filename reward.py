@@ -248,6 +248,7 @@ LAYOUT = [(re.compile(pattern), standard) for pattern, standard in LAYOUT]
 WRAPPER = re.compile(r"(?:\\text ?)?\{(.*)\}|\(([^(),;]*)\)")
 
 
+@functools.lru_cache(maxsize=2**12)  # a group has one ground truth, and often one answer
 def plain(answer):
     r"""An answer in plain characters and without layout: `\text{ 1\,234 }` → `1 234`."""
     for pattern, standard in LAYOUT:
@@ -262,7 +263,7 @@ def plain(answer):
 
 LONGEST = 500  # characters; longer answers are compared as they stand
 CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?!\d))[ :.]*(?![ :.]*(?:or|and)\b|,)(.*)|([A-Ja-j])")
-NOISE = re.compile(r"-?(?=(?:\D*\d){15})0?\.?0*\d*\.\d+")  # a truth with 15 digits or more is a float
+NOISE = re.compile(r"-?(?=(?:\D*\d){15})0?\.?0*\d*\.\d*[1-9]\d*")  # a truth with 15 digits or more is a float
 IRRATIONAL = re.compile(r"\\(?:sqrt|pi|ln|log|sin|cos|tan|exp|arc)|e\^|\^\{[^{}]*[/.]")
 MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b", re.IGNORECASE)
 NO_FORMULA = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{4}|(?<![_\d])\d+ \d|\d_|[$?\x00-\x1f\ud800-\udfff]")
@@ -340,8 +341,9 @@ def same(answer, truth):
     words, true_words = as_words(answer), as_words(truth)
     if words or true_words:
         return words == true_words
-    if ":" in answer or ":" in truth:
-        return same_ratio(split(answer, ":"), split(truth, ":"))
+    ratio, true_ratio = split(answer, ":"), split(truth, ":")
+    if len(ratio) > 1 or len(true_ratio) > 1:
+        return same_ratio(ratio, true_ratio)
     (formula, unit), (true_formula, true_unit) = without_unit(answer), without_unit(truth)
     if not same_unit(unit, true_unit) or any(re.search(w, formula) and not re.search(w, true_formula) for w in WORK):
         return False
