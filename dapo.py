@@ -63,8 +63,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from reward import TIMEOUTS as given_up
-from reward import compute_score, overlong_penalty
+from reward import TIMEOUTS as given_up, compute_score, overlong_penalty
 
 # ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
 

@@ -294,7 +294,7 @@ def judged_in_every_way(text):
 @pytest.mark.filterwarnings("ignore:a formula that cannot be compared")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_makes_it_hang_or_run_code(name, tmp_path, monkeypatch):
-    """None of 20 verdicts takes over a second of CPU, here or in the process that compares formulas."""
+    """Ten verdicts take under 5 s of CPU here; what compares formulas is killed at CPU_LIMIT of its own."""
     monkeypatch.chdir(tmp_path)
     reward.same_formula.cache_clear()
     before = time.process_time()
