@@ -42,6 +42,7 @@ import logging
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -50,9 +51,11 @@ import statistics
 import sys
 import time
 import traceback
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet  # before torch, for Windows
@@ -62,8 +65,10 @@ from filelock import FileLock, Timeout
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
-from reward import TIMEOUTS as given_up, compute_score, overlong_penalty
+from reward import TIMEOUTS as given_up
+from reward import compute_score, overlong_penalty
 
 # ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
 
@@ -137,8 +142,9 @@ def train():
     model, tokenizer = load_model(MODEL)
     base = load_model(MODEL)[0] if KL_COEF else None
     questions, held_out = load_questions(TRAIN_DATASETS, tokenizer), load_questions(EVAL_DATASETS, tokenizer)
+    check(model, questions, held_out)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    with open_run(model, tokenizer, optimizer, questions) as run:  # resumes an interrupted run, if there is one
+    with open_run(model, tokenizer, optimizer, questions, held_out) as run:  # resumes it if it was interrupted
         stream = question_stream(questions, run)
         while not run.is_over():
             run.save_if_due()
@@ -175,7 +181,8 @@ def train_step(model, base, tokenizer, optimizer, stream, step):
     metrics = sampling_metrics(sampled, groups, batch, rounds, time.perf_counter() - start)
     metrics |= update_policy(model, base, optimizer, batch, step)  # 5. update
     seconds = time.perf_counter() - start
-    return metrics | {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}, sampled
+    metrics |= {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}
+    return metrics | {"memory/peak_gib": peak_memory()}, sampled
 
 
 @dataclass(eq=False)  # compared by identity, as tensors cannot be
@@ -194,10 +201,12 @@ class Response:
     tokens: torch.Tensor  # (T,) ids as sampled, through the end token; never output and tokenized again
     text: str
     truncated: bool  # cut off by MAX_RESPONSE_LENGTH
-    accuracy: float  # 1 right, 0 wrong; judge returns lists of this and the next two
-    reward: float  # 1 right, -1 wrong, less the overlong penalty
-    prediction: str | None = None  # the answer found in it, if REWARD tells
-    advantage: float | None = None  # None: not in the batch
+    accuracy: float  # 1 right, 0 wrong; this and the next four are REWARD's verdict
+    signal: float  # what groups are filtered by: the accuracy if REWARD tells it, else the score
+    reward: float  # the score, 1 right and -1 wrong, less the overlong penalty
+    prediction: str | None  # the answer found in it, if REWARD tells
+    others: dict[str, float]  # more numbers that REWARD tells
+    advantage: float | None = None  # None: not in the loss
     old_log_probs: torch.Tensor | None = None  # (T,) by the policy that sampled it
     base_log_probs: torch.Tensor | None = None  # (T,) by the base model, if there is a KL_COEF
 
@@ -214,12 +223,14 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     asked = [question for question in questions for _ in range(group_size)]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
-    responses = list(itertools.starmap(Response, zip(asked, tokens, texts, truncated, *judge(asked, texts))))
-    return [responses[first : first + group_size] for first in range(0, len(responses), group_size)]
+    rows = zip(asked, tokens, texts, truncated, judge(asked, texts))
+    responses = [verdict and Response(*row, **verdict) for *row, verdict in rows]  # None: REWARD gave no verdict
+    groups = (responses[first : first + group_size] for first in range(0, len(responses), group_size))
+    return [group for group in (list(filter(None, group)) for group in groups) if group]
 
 
 @torch.no_grad()
-def sample_tokens(model, prompts, group_size=1, greedy=False):
+def sample_tokens(model, prompts, group_size=1, greedy=False, limit=None):
     """B prompts, (P,) token ids each → B·G responses, (T,) token ids each, through their first end token.
 
     With each prompt repeated G times, one call would do the same, but on a CPU it takes 2.5 to 6 times as long:
@@ -235,6 +246,7 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
         p q r s t     p q r s t 7 E                         position  0 0 0 1 2 3 4
     """
     pad, ends = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    limit = limit or MAX_RESPONSE_LENGTH
     # top_k=0: any token can be sampled, not only the 50 likeliest (the default), as token_log_probs assumes.
     method = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
     ids = pad_sequence(prompts, True, pad, "left").to(model.device)  # (B, P), so that all responses begin together
@@ -247,11 +259,11 @@ def sample_tokens(model, prompts, group_size=1, greedy=False):
         if width > 1:  # all but the last token: generate reads that one, and its output there predicts the next
             positions = mask.cumsum(1).sub(1).clamp(min=0)
             model.get_decoder()(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], cache=cache)
-        for start in range(0, MAX_RESPONSE_LENGTH, DECODE_STAGE):
+        for start in range(0, limit, DECODE_STAGE):
             if len(rows) != len(ids):  # copy each prompt's row G times or, later, keep the rows that have not ended
                 ids, mask = ids[rows], mask[rows]
                 cache.reorder_cache(rows)
-            stage = min(DECODE_STAGE, MAX_RESPONSE_LENGTH - start)
+            stage = min(DECODE_STAGE, limit - start)
             ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=stage, **method)
             mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
             staying = []
@@ -273,7 +285,7 @@ def filter_groups(groups):
     Accuracy decides, not the shaped reward: overlong penalties differ in all-wrong groups, too, but teach little."""
     if not USE_DYNAMIC_SAMPLING:
         return groups, []
-    uniform = [group for group in groups if len({response.accuracy for response in group}) == 1]
+    uniform = [group for group in groups if are_equal(torch.tensor([[response.signal for response in group]]))]
     for group in groups:
         group[0].question.rests = REST_EPOCHS if group in uniform else 0
     return [group for group in groups if group not in uniform], uniform
@@ -287,11 +299,12 @@ def shape_rewards(groups):
 
 
 def compare_rewards(groups):
-    """Sets the advantage of each response."""
+    """Sets the advantage of each response in the loss."""
     for group in groups:
         advantages = group_advantages(torch.tensor([[response.reward for response in group]]))  # (1, G)
         for response, advantage in zip(group, advantages[0].tolist()):
-            response.advantage = advantage
+            if not (USE_OVERLONG_FILTERING and response.truncated):
+                response.advantage = advantage
 
 
 def group_advantages(rewards):
@@ -300,8 +313,12 @@ def group_advantages(rewards):
     With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros.
     """
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # division by 1e-6 would magnify rounding errors
-    return advantages.masked_fill(equal, 0.0)
+    return advantages.masked_fill(are_equal(rewards), 0.0)  # division by 1e-6 would magnify rounding errors
+
+
+def are_equal(values):
+    """(n, G) → (n, 1): whether the values of a group are equal, but for rounding."""
+    return values.isclose(values[:, :1], rtol=1e-4, atol=1e-6).all(1, keepdim=True)
 
 
 # ---- 5. Update ------------------------------------------------------------------------------------------------------
@@ -309,19 +326,22 @@ def group_advantages(rewards):
 
 def update_policy(model, base, optimizer, groups, step):
     """Trains the model on the groups: MINI_BATCHES optimizer steps, DAPO_EPOCHS times. Returns the metrics."""
-    responses = [r for r in itertools.chain(*groups) if not (USE_OVERLONG_FILTERING and r.truncated)]
+    responses = [response for response in itertools.chain(*groups) if response.advantage is not None]
     if not responses:
         return {}
-    random.shuffle(responses)
     count = math.ceil(len(responses) * MINI_BATCHES / (BATCH_SIZE * GROUP_SIZE))  # fewer steps for fewer responses
-    mini_batches = [responses[first::count] for first in range(count)]  # each takes every count-th response
+    mini_batches = []
+    for _ in range(DAPO_EPOCHS):
+        random.shuffle(responses)
+        mini_batches += [responses[first::count] for first in range(count)]  # each takes every count-th response
     store_log_probs(model, responses, "old_log_probs")  # before any step, scored as in the update: ratios start at 1
     if KL_COEF:
         store_log_probs(base, responses, "base_log_probs")
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
-    sums, skipped = Counter(), 0  # Counter.update adds, where dict.update would replace
-    for mini_batch in mini_batches * DAPO_EPOCHS:  # each step changes the policy, so ratios leave 1 after the first
-        losses, token_sums = accumulate_gradients(model, mini_batch)
+    sums, gaps, skipped = Counter(), [], 0  # Counter.update adds, where dict.update would replace
+    for mini_batch in mini_batches:  # each step changes the policy, so ratios leave 1 after the first
+        losses, token_sums, gap = accumulate_gradients(model, mini_batch)
+        gaps.append(gap)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if grad_norm.isfinite():
             optimizer.step()
@@ -331,7 +351,7 @@ def update_policy(model, base, optimizer, groups, step):
         optimizer.zero_grad()
     tokens, updates = sums.pop("tokens", 0), sums.pop("updates", 0)
     means = {name: float(sums[name]) / (tokens if name in token_sums else updates) for name in sums}
-    return means | {"learning_rate": learning_rate, "skipped_updates": skipped}
+    return means | {"learning_rate": learning_rate, "skipped_updates": skipped, "first_ratio_gap": gaps[0].item()}
 
 
 def accumulate_gradients(model, mini_batch):
@@ -339,11 +359,11 @@ def accumulate_gradients(model, mini_batch):
 
     Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its loss.
     With a mean of micro-batch means, a token's weight would depend on which others are in its micro-batch. Returns the
-    losses, and sums over tokens of the other metrics.
+    losses, sums over tokens of the other metrics, and the largest |ρ - 1|.
     """
     count = sum(len(response.tokens) for response in mini_batch)
     denominator = count if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
-    losses, token_sums = Counter(), Counter(tokens=count)
+    losses, token_sums, gaps = Counter(), Counter(tokens=count), []
     for micro_batch in micro_batches(mini_batch):
         log_probs, entropy, mask = score(model, micro_batch)  # (B, T) each
         old_log_probs = pad_sequence([response.old_log_probs for response in micro_batch], True)  # (B, T)
@@ -358,7 +378,8 @@ def accumulate_gradients(model, mini_batch):
         sums = {"entropy": entropy.detach() * mask, "clip_fraction/low": low, "clip_fraction/high": high}
         losses.update({name: part.detach() for name, part in parts.items()})
         token_sums.update({name: values.sum() for name, values in sums.items()})
-    return losses, token_sums
+        gaps.append((probability_ratio(log_probs.detach(), old_log_probs, mask) - 1).abs().max())
+    return losses, token_sums, torch.stack(gaps).max()
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask):
@@ -513,15 +534,33 @@ for library in ("transformers", "huggingface_hub", "datasets"):  # errors are ra
     logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
+class OneDay(datetime):
+    """For chat templates that tell the date: what a run reads must not depend on the day."""
+
+    @classmethod
+    def now(cls, zone=None):
+        return cls(2026, 1, 1)
+
+
+transformers.utils.chat_template_utils.datetime = OneDay
+
+
 def load_model(path):
     """The model in a folder or on the Hub, with fp32 weights, and its tokenizer."""
     path, options = saved_model(path), {"trust_remote_code": TRUST_REMOTE_CODE}
     transformers.logging.disable_progress_bar()
     with explained(f"MODEL={path} is neither a model's folder nor its name on the Hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        whole = transformers.AutoConfig.from_pretrained(path, **options)
+        config = whole.get_text_config()  # of a model that sees pictures, too, the part that we train
+        if getattr(whole, "quantization_config", None):
+            fail(f"MODEL={path} is quantized, and AdamW cannot train that: take the model that it was made from")
+        for part in (whole, config):
+            part.return_dict = True
+            if getattr(part, "output_router_logits", False):
+                part.output_router_logits = False
         options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-    config = model.config.get_text_config()
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(path, config=whole, **options)
     size, positions = config.vocab_size, getattr(config, "max_position_embeddings", None) or math.inf
     needed = MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
     finite = all(weights.isfinite().all() for weights in model.parameters())
@@ -531,8 +570,7 @@ def load_model(path):
         (report["missing_keys"], f"has no weights for {', '.join(sorted(report['missing_keys']))}"),
         (not finite, "has weights that are not finite"),
         (tokenizer.eos_token_id is None, "has a tokenizer that names no end token (eos_token): no response could end"),
-        (not tokenizer("a")["input_ids"], "has a tokenizer without tokens"),
-        (len(tokenizer) > size, f"has {size} tokens, and its tokenizer {len(tokenizer)}"),
+        ((tokenizer.eos_token_id or 0) >= size, f"has {size} tokens, and the end token is not one of them"),
         (needed > positions, f"has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}"),
         (GRADIENT_CHECKPOINTING and not layers, "has no layers that are made for GRADIENT_CHECKPOINTING=True"),
     ):
@@ -543,7 +581,7 @@ def load_model(path):
     own = model.own_generation_config = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id if (tokenizer.pad_token_id or size) < size else ends[0]
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     model._optimize_model_for_decode = contextlib.nullcontext  # it would gather the expert weights of every token
     for layer in layers:  # transformers' own checkpointing needs train(), and turns the cache off
@@ -554,15 +592,37 @@ def load_model(path):
 
 def saved_model(path):
     """The model that a run saved last if `path` is the folder of a run, else `path`."""
+    if not Path(path, "run.db").exists():
+        return path
     found = [*Path(path).glob("step_*[0-9]"), *Path(path).glob("epoch_*[0-9]")]  # an epoch_ ends a run
     found.sort(key=lambda place: (place.name.startswith("epoch_"), int(place.name.rpartition("_")[2])))
-    return str(found[-1]) if found and Path(path, "run.db").exists() else path
+    return str(found[-1]) if found else fail(f"MODEL={path}: the run in {path} has not saved a model yet")
+
+
+def check(model, questions, held_out):
+    """Refuses, before a run begins, what could not be trained."""
+    if len(questions) < BATCH_SIZE:
+        fail(f"BATCH_SIZE={BATCH_SIZE}: there are only {len(questions)} questions to train on")
+    size, largest = model.config.get_text_config().vocab_size, max(q.prompt.max() for q in questions + held_out)
+    if largest >= size:
+        fail(f"MODEL={MODEL} has {size} tokens, and its tokenizer makes token {largest} of a question")
+    prompts = sorted((question.prompt for question in held_out), key=len)[:: max(1, len(held_out) - 1)][:2]
+    with explained(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here"):
+        for prompt, tokens in zip(prompts, sample_tokens(model, prompts, greedy=True, limit=2 * DECODE_STAGE)):
+            sampling_gap(model, prompt, tokens)
+    if shared := len({question.text for question in questions} & {question.text for question in held_out}):
+        say(f"{shared} of {len(held_out)} questions of EVAL_DATASETS are also trained on")
 
 
 def question_stream(questions, run):
     """Yields each question once per epoch, in an order that depends on SEED and the epoch, from where `run` stands."""
     while NUM_STEPS or run.drawn < NUM_EPOCHS * len(questions):
         epoch, drawn = divmod(run.drawn, len(questions))
+        if drawn == 0 and (idle := min(question.rests for question in questions)):  # epochs in which all rest
+            run.drawn += idle * len(questions)
+            for question in questions:
+                question.rests -= idle
+            continue
         for question in random.Random(f"{SEED} epoch {epoch}").sample(questions, len(questions))[drawn:]:
             run.drawn += 1
             if question.rests:
@@ -573,13 +633,22 @@ def question_stream(questions, run):
 
 def load_questions(sources, tokenizer):
     """The questions of all data sets in `sources`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
-    questions = []
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control = re.compile("|".join(map(re.escape, special | set(tokenizer.all_special_tokens))))
+    questions, unsafe = [], 0
     for source in sources:
         for messages, answer in load_rows(source):
+            if control.search(str(messages)):
+                unsafe += 1
+                continue
             with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
-                prompt = torch.tensor(read_prompt(tokenizer, messages))
-            asked = {"text": messages[-1]["content"], "answer": answer, "source": source["path"], "prompt": prompt}
-            questions.append(Question(**asked, prompt_end=tokenizer.decode(prompt[-8:])))
+                text, ids = read_prompt(tokenizer, messages)
+            asked = {"text": messages[-1]["content"], "answer": answer, "source": source["path"]}
+            questions.append(Question(**asked, prompt=torch.tensor(ids, dtype=torch.long), prompt_end=text[-40:]))
+    if unsafe:
+        say(f"{unsafe} questions hold text that is a control token, such as {tokenizer.eos_token}: left out")
+    if not all(len(question.prompt) for question in questions):
+        fail(f"MODEL={MODEL} has a tokenizer or a chat template that makes no tokens of a question")
     short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
     if len(short) < len(questions):
         say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
@@ -587,12 +656,15 @@ def load_questions(sources, tokenizer):
 
 
 def read_prompt(tokenizer, messages):
-    """Chat messages → token ids. Without a chat template, only the last message is read."""
+    """Chat messages → what the model reads, as text and as token ids: without a chat template, the last message."""
     text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
-    if not tokenizer.chat_template:
-        return tokenizer(text)["input_ids"]
-    messages = [*messages[:-1], messages[-1] | {"content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if tokenizer.chat_template:
+        messages = [*messages[:-1], messages[-1] | {"content": text}]
+        options = {"tokenize": False, "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(messages, **options)
+        return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
 
 
 TEMPLATES = {
@@ -608,7 +680,7 @@ def load_rows(source):
     with explained(f"{source} cannot be read; a data set has path, type (parquet, json, csv, hub), input, and output"):
         for number, row in enumerate(read_rows(**source), 1):
             question, answer = value_at(row, source["input"]), value_at(row, source["output"])
-            messages = question if isinstance(question, list) else [{"role": "user", "content": question}]
+            messages = chat_messages(question)
             text = value_at(messages[-1], "content")
             if messages[-1]["role"] != "user" or {list, dict} & {type(text), type(answer)} or None in row:
                 raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
@@ -622,24 +694,33 @@ def load_rows(source):
     return list(found.values())
 
 
+def chat_messages(question):
+    """A question as chat messages, which it may be already, also as JSON text."""
+    if isinstance(question, str) and question.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError):
+            messages = json.loads(question)
+            question = messages if "role" in messages[-1] else question
+    return question if isinstance(question, list) else [{"role": "user", "content": question}]
+
+
 def read_rows(path, type, input, output, split=None, name=None):
     """Yields the rows of a data set as dictionaries, with values as the file has them; `split` selects some of them."""
     if type == "hub" or split:
         import datasets
     if type == "hub":
-        yield from datasets.load_dataset(path, name, split=split or "train")
+        rows = datasets.load_dataset(path, name, split=split or "train")
+        rows = rows.select_columns(columns_of(rows.column_names, input, output))
+        yield from rows_of(rows.with_format("arrow").iter(1000))
         return
     if split:
         rows = list(read_rows(path, type, input, output))
         for part in datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)}):
             yield from rows[part.from_ : part.to]
         return
-    for file in sorted(glob.glob(path)) or [path]:
+    for file in [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]:
         if type == "parquet":
-            table, wanted = pyarrow.parquet.ParquetFile(file), (f"{input}.", f"{output}.")
-            names = [name for name in table.schema_arrow.names if any(path.startswith(f"{name}.") for path in wanted)]
-            for batch in table.iter_batches(columns=names if len(names) == 2 else None):  # all, so an error lists them
-                yield from batch.to_pylist()
+            table = pyarrow.parquet.ParquetFile(file)
+            yield from rows_of(table.iter_batches(columns=columns_of(table.schema_arrow.names, input, output)))
             continue
         with open(file, encoding="utf-8-sig", newline="") as lines:
             if type == "csv":
@@ -650,6 +731,32 @@ def read_rows(path, type, input, output, split=None, name=None):
             yield from parse(text) if is_array else map(parse, filter(str.strip, text.split("\n")))
 
 
+def columns_of(names, *wanted):
+    """The columns that hold the wanted values."""
+    found = {path: [name for name in names if f"{path}.".startswith(f"{name}.")] for path in wanted}
+    for path, columns in found.items():
+        if not columns:
+            raise ValueError(f"it has no {path}; its columns: {', '.join(names)}")
+    return [*dict.fromkeys(itertools.chain(*found.values()))]
+
+
+def rows_of(tables):
+    """Yields the rows of Arrow tables."""
+    for table in tables:
+        schema = pyarrow.schema([field.with_type(readable(field.type)) for field in table.schema])
+        yield from pyarrow.Table.from_arrays(table.columns, schema=table.schema).cast(schema).to_pylist()
+
+
+def readable(kind):
+    """An Arrow type, but text for bytes, and for float32, which Python would print as 0.10000000149011612."""
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([field.with_type(readable(field.type)) for field in kind])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(readable(kind.value_type))
+    small = pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind)
+    return pyarrow.string() if small or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) else kind
+
+
 def value_at(row, name):
     """row["a.b"], else row["a"]["b"]; None if this row has no such value, or a blank one."""
     path = [name] if name in row else name.split(".")
@@ -658,12 +765,13 @@ def value_at(row, name):
 
 
 def judge(questions, texts):
-    """REWARD's verdict on each response, as three lists: accuracies, scores, and predictions.
+    """REWARD's verdict on each response: the fields of a Response that it sets, or None if it gives none.
 
-    REWARD returns {"score": number, "acc": number, "pred": text}, or a number, which then is the accuracy, too. As in
-    verl, it may take lists, by parameters with names in the plural, and return a list.
+    REWARD returns {"score": number, "acc": number, "pred": text, and more numbers to be recorded}, of which all but the
+    score may be missing; or the score alone, where more than 0 counts as right; or None, which leaves the response out
+    of its group. As in verl, it may take lists, by parameters with names in the plural, and return a list.
     """
-    columns = {"data_source": [question.source for question in questions], "solution_str": texts}
+    columns = {"data_source": [question.source for question in questions], "solution_str": list(texts)}
     columns["ground_truth"] = [question.answer for question in questions]
     columns["extra_info"] = [{"question": question.text, "prompt": question.prompt_end} for question in questions]
     verdicts = []
@@ -673,18 +781,31 @@ def judge(questions, texts):
         else:
             given = (REWARD(**dict(zip(columns, row))) for row in zip(*columns.values()))
         for verdict in given:
-            verdict = verdict if isinstance(verdict, dict) else {"score": verdict}
-            numbers = verdict.get("acc", verdict["score"]), verdict["score"]
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError(f"{verdict} is not finite")
-            verdicts.append((*map(float, numbers), verdict.get("pred")))
+            verdicts.append(read_verdict(verdict))
         if len(verdicts) != len(texts):
             raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses")
+        if not any(verdicts):
+            raise ValueError(f"no verdict on any of {len(texts)} responses")
     except Exception as error:
         number = min(len(verdicts), len(texts) - 1)
         about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"
         fail(f"REWARD={text_of(REWARD)} failed at {about}: {described(error)}", RewardFault)
-    return map(list, zip(*verdicts))
+    return verdicts
+
+
+def read_verdict(verdict):
+    verdict = verdict if isinstance(verdict, dict) else {"score": verdict}
+    score, accuracy = verdict["score"], verdict.get("acc")
+    if score is None:
+        return None
+    signal = score if accuracy is None else accuracy
+    others = {name: value for name, value in verdict.items() if name not in ("score", "acc", "pred")}
+    others = {name: float(value) for name, value in others.items() if hasattr(value, "__float__")}
+    if not all(map(math.isfinite, (score, signal, *others.values()))):
+        raise ValueError(f"{verdict} is not finite")
+    accuracy = float(score > 0 if accuracy is None else accuracy)
+    numbers = {"accuracy": accuracy, "signal": float(signal), "reward": float(score)}
+    return numbers | {"prediction": verdict.get("pred"), "others": others}
 
 
 class RewardFault(SystemExit):
@@ -698,12 +819,14 @@ class RewardFault(SystemExit):
 TABLES = """
 PRAGMA journal_mode = WAL;
 PRAGMA wal_autocheckpoint = 1;
+BEGIN;
 CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS constants (step INTEGER, name TEXT, value TEXT, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS responses (step INTEGER, question TEXT, answer TEXT, response TEXT, accuracy REAL,
     reward REAL, length INTEGER, truncated INTEGER, kept INTEGER);
 DELETE FROM metrics WHERE step > {step};
 DELETE FROM responses WHERE step > {step};
+COMMIT;
 """
 # What may change when a run is resumed: its folder, device, and length, what is saved and how often, and its memory.
 FREE = """OUTPUT_DIR RESUME DEVICE NUM_STEPS NUM_EPOCHS EVAL_EVERY SAVE_EVERY CHECKPOINT_EVERY GENERATION_BATCH
@@ -712,9 +835,9 @@ ADVICE = "lower LEARNING_RATE, or look for what is not finite in MODEL, the data
 
 
 @contextlib.contextmanager
-def open_run(model, tokenizer, optimizer, questions):
+def open_run(model, tokenizer, optimizer, questions, held_out):
     """A Run in OUTPUT_DIR, begun, or resumed with the model, the optimizer, and the questions as they were."""
-    run = Run(model, tokenizer, optimizer, questions)
+    run = Run(model, tokenizer, optimizer, questions, held_out)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.folder.with_name(f".{run.folder.name}.lock"), timeout=0), contextlib.ExitStack() as opened:
         run.resume()
@@ -729,8 +852,9 @@ def open_run(model, tokenizer, optimizer, questions):
             if name.startswith("source of"):
                 say(f"the {name} was edited since the run's last start, which run.db records")
         run.bar = opened.enter_context(tqdm(initial=run.step, total=NUM_STEPS, unit="step", disable=None))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            opened.callback(signal.signal, number, signal.signal(number, run.stop))
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no HUP
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                opened.callback(signal.signal, number, signal.signal(number, run.stop))
         try:
             yield run
         except RewardFault:
@@ -739,62 +863,97 @@ def open_run(model, tokenizer, optimizer, questions):
 
 
 class Run:
-    """The run in OUTPUT_DIR: run.db (its record), checkpoint.pt, training_metrics.png, and saved models.
+    """The run in OUTPUT_DIR: run.db (its record), two checkpoints, training_metrics.png, and saved models.
 
     An interrupted run is resumed if all its constants but the FREE ones are the same; any other run in the folder is
-    renamed. Ctrl-C or SIGTERM stops a run between two steps, and a second one at once.
+    renamed. Ctrl-C, SIGTERM, or a lost terminal stops a run between two steps, and a second Ctrl-C at once.
     """
 
-    def __init__(self, model, tokenizer, optimizer, questions):
+    def __init__(self, model, tokenizer, optimizer, questions, held_out):
         self.model, self.tokenizer, self.optimizer, self.questions = model, tokenizer, optimizer, questions
         self.folder, self.step, self.drawn = Path(OUTPUT_DIR).absolute(), 0, 0  # questions drawn from the stream
+        self.checkpoints = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
         self.db, self.signal, self.start = None, None, time.time()
         self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, or grpo.py
         files = {Path(__file__), Path(inspect.getfile(overlong_penalty)), Path(inspect.getfile(REWARD)), self.script}
         self.sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
-        asked = str([(question.prompt.tolist(), question.answer) for question in questions]).encode()
-        self.constants = {name: text_of(globals()[name]) for name in CONSTANTS}
-        self.constants |= {"the script": self.script.name, "the questions' checksum": str(zlib.crc32(asked))}
+        self.constants = {name: text_of(globals()[name]) for name in CONSTANTS} | {"the script": self.script.name}
+        for name, asked in (("the questions' checksum", questions), ("the held-out questions' checksum", held_out)):
+            text = str([(question.prompt.tolist(), question.answer) for question in asked])
+            self.constants[name] = str(zlib.crc32(text.encode()))
+        some = [weights.detach().flatten()[::101].cpu().numpy().tobytes() for weights in model.parameters()]
+        self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
         versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
         self.facts = self.constants | versions | {"device": str(model.device)}  # for run.db
         self.facts |= {f"source of {name}": text for name, text in self.sources.items()}
 
     def resume(self):
         """Resumes the run in the folder if it is this one and has not finished. Renames any other."""
-        path, now = self.folder / "checkpoint.pt", self.constants
+        recorded, now = self.recorded_steps(), self.constants
+        path = next((path for path in self.checkpoints if path.exists()), None)
+        if self.folder.exists() and recorded is None and not path:
+            for place in self.folder.iterdir():
+                if not place.name.startswith("."):
+                    fail(f"OUTPUT_DIR={OUTPUT_DIR} holds {place.name} and no run: give this run a folder of its own")
         reason = "it has no checkpoint" if RESUME else "RESUME is False"
-        if RESUME and path.exists():
-            with explained(f"{path} cannot be read; --RESUME=False renames that run and begins a new one"):
-                state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+        if RESUME and path:
+            with explained(f"{path} cannot be read; remove it to resume from checkpoint.previous.pt, if there is one"):
+                state = self.read_checkpoint(path)
                 then, self.step, self.drawn = state["constants"], state["step"], state["drawn"]
-            changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
-            if not changed and not (state["finished"] and self.is_over()):
-                if self.step > NUM_STEPS if NUM_STEPS else self.drawn > NUM_EPOCHS * len(self.questions):
-                    length = f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}"
-                    fail(f"{length}: the run in OUTPUT_DIR={OUTPUT_DIR} is past that, at step {self.step}")
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                for question, rests in zip(self.questions, state["rests"]):
-                    question.rests = rests
-                say(f"resuming the run in {OUTPUT_DIR} after step {self.step}")
-                return
+                changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
+                if not changed and not (state["finished"] and self.is_over()):
+                    if self.step > NUM_STEPS if NUM_STEPS else self.drawn > NUM_EPOCHS * len(self.questions):
+                        length = f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}"
+                        fail(f"{length}: the run in OUTPUT_DIR={OUTPUT_DIR} is past that, at step {self.step}")
+                    self.restore(state)
+                    say(f"resuming the run in {OUTPUT_DIR} after step {self.step}")
+                    if self.step > (recorded or 0):
+                        say(f"{self.folder / 'run.db'} was lost, or is another run's: it lacks steps before that")
+                    return
             reason = "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed) or "it has finished"
             self.step, self.drawn = 0, 0
         for place in (MODEL, *(source["path"] for source in TRAIN_DATASETS + EVAL_DATASETS)):
             if os.path.exists(place) and Path(place).resolve().is_relative_to(self.folder.resolve()):
                 fail(f"{place} lies in OUTPUT_DIR={OUTPUT_DIR}: give this run a folder of its own")
-        if path.exists() or (self.folder / "run.db").exists():
+        if path or recorded is not None:
             aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
             self.folder.rename(aside)
             say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
                 f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
 
+    def recorded_steps(self):
+        """How many steps run.db records; None where it is not a run's, or not there."""
+        if not (self.folder / "run.db").exists():
+            return None
+        with contextlib.closing(sqlite3.connect(self.folder / "run.db")) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            if {"metrics", "constants", "responses"} <= tables:
+                return db.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0
+        return None if tables else 0
+
+    def read_checkpoint(self, path):
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums that torch.save writes
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+
+    def restore(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for weights, moments in self.optimizer.state.items():
+            for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
+                if moment.shape != weights.shape or not moment.isfinite().all():
+                    raise ValueError("the optimizer's moments do not fit the model, or are not finite")
+        for question, rests in zip(self.questions, state["rests"]):
+            question.rests = rests
+
     def stop(self, number, frame):
-        """What Ctrl-C and SIGTERM do."""
+        """What Ctrl-C, SIGTERM, and SIGHUP do."""
         self.signal = number
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
+        with contextlib.suppress(OSError):  # the terminal may be lost
+            os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
 
     def is_over(self):
         if self.db and self.latest("groups_trained", 3) == [0, 0, 0]:
@@ -808,8 +967,11 @@ class Run:
         self.position = {"step": step, "drawn": self.drawn, "rests": [question.rests for question in self.questions]}
         if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():
             fail(f"after step {step} there are weights that are not finite: {ADVICE}")
-        if last or self.signal or step % CHECKPOINT_EVERY == 0:
+        lost = self.db and not (self.folder / "run.db").exists()
+        if self.folder.exists() and (last or self.signal or lost or step % CHECKPOINT_EVERY == 0):
             self.save_checkpoint()
+        if lost:
+            fail(f"OUTPUT_DIR={OUTPUT_DIR} or its run.db was moved or removed: the run stops after step {step}")
         if self.signal:
             say("stopped; the same command resumes the run")
             sys.exit(128 + self.signal)
@@ -820,14 +982,20 @@ class Run:
         if not finished and any(self.latest("skipped_updates", 1)):  # the last checkpoint is from before the trouble
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "finished": finished}
-        with complete(self.folder / "checkpoint.pt") as unfinished:
+        path, previous = self.checkpoints
+        with complete(path) as unfinished:
             torch.save(state | self.position | {"constants": self.constants}, unfinished)
+            if path.exists():
+                path.replace(previous)
 
     def save_model(self, name):
         """In Hugging Face form, and beside it what made it: python train_script.py constants.py makes it again."""
         constants = "".join(f"{constant} = {self.constants[constant]}\n" for constant in CONSTANTS)
         files = self.sources | {"train_script.py": self.sources[self.script.name], "constants.py": constants}
-        with complete(self.folder / name) as unfinished:
+        place = self.folder / name
+        if place.exists() and not (place / "train_script.py").exists():
+            fail(f"{place} is not this run's: move it; the same command then resumes the run, and saves its model")
+        with complete(place) as unfinished:
             self.model.save_pretrained(unfinished)
             self.tokenizer.save_pretrained(unfinished)
             self.model.own_generation_config.to_json_file(unfinished / "generation_config.json")
@@ -861,6 +1029,8 @@ class Run:
             say(f"step {step}: {shown}  ({time.time() - self.start:.0f} s)")
         if not groups:
             draw_metrics(self.folder)
+        if groups and step == 1:
+            diagnose(metrics, groups)
         if groups and metrics["groups_trained"] < BATCH_SIZE:
             say(f"step {step}: trains on {metrics['groups_trained']} groups instead of {BATCH_SIZE}")
         if metrics.get("skipped_updates"):
@@ -901,8 +1071,8 @@ def remove(path):
 # ---- Metrics and the picture ----------------------------------------------------------------------------------------
 
 SHOWN = "eval/accuracy accuracy reward/mean response_length/mean entropy".split()
-PANELS = """accuracy response_length reward groups dynamic_resample_rate truncated_fraction entropy entropy_loss
-policy_loss clip_fraction grad_norm time""".split()
+PANELS = """accuracy response_length reward groups dynamic_resample_rate truncated_fraction entropy kl policy_loss
+clip_fraction grad_norm time""".split()
 
 
 def sampling_metrics(sampled, kept, batch, rounds, seconds):
@@ -911,9 +1081,12 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
     lengths = [len(response.tokens) for response in responses]
     right = [statistics.fmean(response.accuracy for response in group) for group in sampled]
     differ = [any(response.advantage for response in group) for group in batch]
+    others = {name: [] for response in responses for name in response.others}
+    for name, value in itertools.chain(*(response.others.items() for response in responses)):
+        others[name].append(value)
     timeouts = len(given_up)
     given_up.clear()
-    return {
+    return {f"reward/{name}": statistics.fmean(values) for name, values in others.items()} | {
         "reward/mean": statistics.fmean(response.reward for response in responses),
         "reward/timeouts": timeouts,
         "accuracy": statistics.fmean(right),
@@ -928,8 +1101,21 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
         "generation_batches": rounds,
         "time/generate": seconds,
         "tokens_per_second": sum(lengths) / seconds,
-        "memory/peak_gib": peak_memory(),
     }
+
+
+def diagnose(metrics, groups):
+    """Says after the first step what, if anything, keeps the policy from learning."""
+    predictions = [response.prediction for response in itertools.chain(*groups)]
+    unread = predictions.count("") / len(predictions)
+    for share, meaning in (
+        (metrics["truncated_fraction"], f"of responses were cut off: raise MAX_RESPONSE_LENGTH={MAX_RESPONSE_LENGTH}"),
+        (unread, f"of responses hold no answer that REWARD reads: see PROMPT_TEMPLATE={PROMPT_TEMPLATE!r}"),
+        (metrics["groups/all_wrong"], "of groups were all wrong: take easier questions or a better MODEL"),
+        (metrics["groups/all_correct"], "of groups were all right: take harder questions"),
+    ):
+        if share > 0.8:
+            return say(f"step 1: {share:.0%} {meaning}")
 
 
 def peak_memory():
@@ -951,7 +1137,7 @@ def evaluate(model, tokenizer, questions):
         "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
         "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
         "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
-        "sampling_gap": max(sampling_gap(model, greedy[0]), sampling_gap(model, greedy[-1])),
+        "sampling_gap": max(sampling_gap(model, r.question.prompt, r.tokens) for r in (greedy[0], greedy[-1])),
     }
     if EVAL_SAMPLES > 1:
         sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
@@ -962,17 +1148,19 @@ def evaluate(model, tokenizer, questions):
 
 
 @torch.no_grad()
-def sampling_gap(model, response):
+def sampling_gap(model, prompt, tokens):
     """Nats per token by which a greedy response differs from a plain forward pass. In that, its tokens have to be the
     likeliest, else the cache is at fault, and have the log-probabilities that token_log_probs gives, else the head. If
     not, the model is refused. The shortest prompt is asked with the most padding, the longest without."""
-    prompt, tokens = response.question.prompt, response.tokens[:64]
+    tokens = tokens[:64]
     with autocast(model):
         logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
     plain = logits[0, len(prompt) - 1 : -1].float().div(TEMPERATURE).log_softmax(-1)  # (T, V)
     chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
     scored = token_log_probs(model, [prompt], [tokens])[0][0]
     gaps = TEMPERATURE * torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()])  # (2, T)
+    if not gaps.isfinite().all():
+        fail(f"the model's probabilities are not finite: {ADVICE}")
     fits = gaps.mean(1).max() < 0.5 if logits.dtype == torch.bfloat16 else gaps.max() < 0.05  # rounding makes far less
     if not fits:
         fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
@@ -990,8 +1178,8 @@ def draw_metrics(folder):
     figure = Figure(figsize=(15, 9), layout="constrained")
     for axes, panel in zip(figure.subplots(3, 4).flat, PANELS):
         for name, points in curves.items():
-            if panel in (name, name.split("/")[0], name.removeprefix("eval/")):
-                axes.plot(*zip(*points), "o" if name.startswith("eval/") else "-", label=name)
+            if panel in (name, name.split("/")[0], re.sub("avg@.*", "accuracy", name.removeprefix("eval/"))):
+                axes.plot(*zip(*points), "o" if name.startswith("eval/") else "-", label=name.replace("$", r"\$"))
                 axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     with complete(Path(folder) / "training_metrics.png") as unfinished:
@@ -1025,10 +1213,13 @@ def main(argv=None):
             tool = {"eval": "evaluate", "chat": "chat", "plot": "plot"}.get(word)
             hint = f"; python -m tools.{tool} does that" if tool else ""
             fail(f"{word!r} is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE{hint}")
-        train()
+        with contextlib.redirect_stdout(Display(sys.stdout)), contextlib.redirect_stderr(Display(sys.stderr)):
+            train()
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
         sampling = "sample_tokens" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
         name = "GENERATION_BATCH" if sampling else "MICRO_BATCH_TOKENS"
         fail(f"out of memory: lower {name}, which is {globals()[name]}; the same command then resumes the run")
@@ -1050,7 +1241,7 @@ def read_command_line(argv=None):
     recipes = [word for word in words if word.endswith(".py") and word not in options]
     for recipe in recipes:
         with explained(f"the recipe {recipe} cannot be run"):
-            settings |= {name: value for name, value in runpy.run_path(recipe).items() if name.isupper()}
+            settings |= {name: as_literal(value) for name, value in run_file(recipe).items() if name.isupper()}
     for option in options:
         name, _, text = option.lstrip("-").partition("=")
         settings[name] = text
@@ -1064,7 +1255,7 @@ def read_command_line(argv=None):
         if name == "REWARD" and isinstance(value, str):
             path, _, function = value.rpartition(":")
             with explained(f"REWARD={value} is not a file.py:function"):
-                value = runpy.run_path(path)[function]
+                value = run_file(path)[function]
         kind = type(CONSTANTS[name])
         value = float(value) if kind is float and type(value) is int else value
         if type(value) is not kind and (name, value) != ("NUM_STEPS", None):
@@ -1077,6 +1268,19 @@ def read_command_line(argv=None):
     return [word for word in words if word not in options + recipes]
 
 
+def run_file(path):
+    """The names that a Python file defines, which may import its neighbors."""
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
+    return runpy.run_path(path)
+
+
+def as_literal(value):
+    """A recipe's value, with its paths as text and its NumPy numbers as Python's."""
+    if callable(value):
+        return value
+    return json.loads(json.dumps(value, default=lambda part: part.item() if hasattr(part, "item") else os.fspath(part)))
+
+
 def text_of(value):
     """A constant as Python text, which a recipe can set."""
     return repr(f"{Path(inspect.getfile(value)).name}:{value.__qualname__}" if callable(value) else value)
@@ -1087,6 +1291,8 @@ def explained(what):
     """Turns whatever a library or a user's file raises into one line that begins with `what`."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
         fail(f"{what}: {described(error)}")
 
@@ -1098,16 +1304,30 @@ def described(error):
 
 def fail(message, kind=SystemExit):
     """Ends the program for a reason that its user can mend: one line, exit status 2."""
-    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        tqdm.write(f"error: {shorten(message, 4000)}", file=sys.stderr)
     raise kind(2)
 
 
 def say(message):
-    with contextlib.suppress(OSError, ValueError):  # whoever listened has gone
-        tqdm.write(message)
+    tqdm.write(message)
+
+
+class Display(ObjectWrapper):
+    """A stream whose failures do not end the training: its reader may have gone, its disk be full, or it is closed."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._wrapped.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._wrapped.flush()
 
 
 def shorten(text, length=240):
+    """Text of models and data on one line, without control characters, which could do anything to a terminal."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 4]} ..."
 

@@ -16,8 +16,9 @@ import pyarrow.parquet  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from architectures import ARCHITECTURES, REFUSED  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging  # noqa: E402
 
+logging.disable_progress_bar()
 dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
 
@@ -146,4 +147,5 @@ def question(text="q", answer="1", length=5):
 
 def response(accuracy=1.0, reward=None, tokens=(4, 5, 6), truncated=False, asked=None, prediction=None):
     reward = 2 * accuracy - 1 if reward is None else reward
-    return dapo.Response(asked or question(), torch.tensor(tokens), "", truncated, accuracy, reward, prediction)
+    verdict = accuracy, accuracy, reward, prediction, {}
+    return dapo.Response(asked or question(), torch.tensor(tokens), "", truncated, *verdict)

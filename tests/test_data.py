@@ -174,17 +174,17 @@ def test_the_prompt_template_comes_around_the_question_and_into_the_chat_templat
     asked = "Solve Tom has {question} apples.\nUse \\boxed{}, not {}."
     whole = [*messages[:2], {"role": "user", "content": asked}]
     with_chat = tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert dapo.read_prompt(tokenizer, messages) == with_chat
+    assert dapo.read_prompt(tokenizer, messages)[1] == with_chat
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None
-    assert dapo.read_prompt(plain, messages) == tokenizer(asked)["input_ids"] != with_chat
+    assert dapo.read_prompt(plain, messages)[1] == tokenizer(asked)["input_ids"] != with_chat
     assert messages[2]["content"] == "Tom has {question} apples."
 
 
 @pytest.mark.parametrize("name, sign", [("boxed", "\\boxed{}"), ("answer", "Answer:")])
 def test_ready_made_templates_ask_for_what_the_judge_looks_for(name, sign, set_constants, tokenizer):
     set_constants(PROMPT_TEMPLATE=name)
-    prompt = tokenizer.decode(dapo.read_prompt(tokenizer, [{"role": "user", "content": "1 + 1?"}]))
+    prompt = dapo.read_prompt(tokenizer, [{"role": "user", "content": "1 + 1?"}])[0]
     assert prompt.startswith("<|user|>1 + 1?\n") and sign in prompt and prompt.endswith("<|assistant|>")
     answered = {"boxed": "It is \\boxed{2}", "answer": "It is even.\nAnswer: 2"}[name]
     assert dapo.compute_score("", answered, "2")["acc"]

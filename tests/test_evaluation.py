@@ -79,7 +79,8 @@ def test_answers_of_a_reward_of_ones_own_may_be_numbers_or_none(set_reward):
     verdicts = [{"score": 1.0, "pred": 34}, {"score": 0.0, "pred": 0}, {"score": 0.0, "pred": None}, {"score": 0.0}]
     set_reward(lambda solution_str, **others: verdicts[int(solution_str)])
     asked = [question()] * 4
-    accuracies, _, found = dapo.judge(asked, ["0", "1", "2", "3"])
+    judged = dapo.judge(asked, ["0", "1", "2", "3"])
+    accuracies, found = ([verdict[name] for verdict in judged] for name in ("accuracy", "prediction"))
     assert found == [34, 0, None, None]
     votes = [response(accuracy, prediction=answer) for accuracy, answer in zip(accuracies, found)]
     assert evaluate.majority(votes) == 0.5 and evaluate.majority(votes[1:]) == 0.0
@@ -227,7 +228,7 @@ def test_chat_asks_as_training_does(talk, make_folder, monkeypatch):
     dapo.PROMPT_TEMPLATE = "boxed"
     ((ids, settings),) = asked
     tokenizer = load(folder)[1]
-    assert ids[0].tolist() == dapo.read_prompt(tokenizer, [{"role": "user", "content": "Tom"}])
+    assert ids[0].tolist() == dapo.read_prompt(tokenizer, [{"role": "user", "content": "Tom"}])[1]
     assert "boxed" in tokenizer.decode(ids[0]) and settings["top_k"] == 0 and settings["do_sample"]
 
 

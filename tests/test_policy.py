@@ -235,7 +235,7 @@ def test_the_models_own_sampling_settings_come_back_when_saved(make_folder, set_
     for name in HOSTILE:
         assert getattr(model.generation_config, name) in (None, getattr(GenerationConfig(), name))
     set_constants(OUTPUT_DIR=str(tmp_path / "run"))
-    with dapo.open_run(model, tokenizer, torch.optim.AdamW(model.parameters()), []) as run:
+    with dapo.open_run(model, tokenizer, torch.optim.AdamW(model.parameters()), [], []) as run:
         run.save_model("saved")
     before, after = (json.loads((f / "generation_config.json").read_text()) for f in (folder, tmp_path / "run/saved"))
     for name in HOSTILE:
@@ -303,17 +303,17 @@ def test_rounding_is_no_reason_to_refuse_a_model(make_folder, tokenizer, set_con
         asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
         dapo.evaluate(model, tokenizer, asked)
         groups = dapo.sample_groups(model, tokenizer, asked, 1, greedy=True)
-        gaps += [dapo.sampling_gap(model, response) for (response,) in groups]
+        gaps += [dapo.sampling_gap(model, r.question.prompt, r.tokens) for (r,) in groups]
     assert 0 < max(gaps) < 0.25  # the last of them chose another token than without a cache
 
 
 def test_a_policy_is_checked_by_the_most_padded_prompt_and_one_without_padding(make_folder, tokenizer, set_constants):
     set_constants(MAX_RESPONSE_LENGTH=4, OVERLONG_BUFFER_LENGTH=0)
-    set_constants(sampling_gap=lambda model, response: 1 / len(response.question.prompt))
+    set_constants(sampling_gap=lambda model, prompt, tokens: 1 / len(prompt))
     model, _ = load(make_folder())
     asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
     assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == 1 / min(LENGTHS)
-    set_constants(sampling_gap=lambda model, response: len(response.question.prompt))
+    set_constants(sampling_gap=lambda model, prompt, tokens: len(prompt))
     assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == max(LENGTHS) > min(LENGTHS)
 
 

@@ -85,8 +85,8 @@ def run(server, arguments, tmp_path):
 
 def checkpoint(folder):
     """What the checkpoint in a folder holds, once there is one. It can always be read."""
-    path = folder / "checkpoint.pt"
-    return torch.load(path, weights_only=True) if path.exists() else None
+    paths = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    return next((torch.load(path, weights_only=True) for path in paths if path.exists()), None)
 
 
 def in_db(folder, query):
@@ -303,7 +303,7 @@ def test_a_shorter_length_than_it_has_reached_is_refused(main, arguments, monkey
 def test_other_questions_are_another_run(main, arguments, tmp_path, capsys):
     source = tmp_path / "mine.csv"
     data = [{"path": str(source), "type": "csv", "input": "question", "output": "answer"}]
-    arguments += [f"--TRAIN_DATASETS={data}", "--NUM_STEPS=1"]
+    arguments += [f"--TRAIN_DATASETS={data}", "--NUM_STEPS=1", "--BATCH_SIZE=2"]
     source.write_text("question,answer\na,1\nb,2\n")
     main(arguments)
     source.write_text("question,answer\na,1\nb,3\n")
@@ -320,7 +320,7 @@ def test_a_broken_checkpoint_is_refused(content, main, arguments, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and f"{path} cannot be read; --RESUME=False renames that run" in error
+    assert stop.value.code == 2 and f"{path} cannot be read; remove it to resume" in error
     main([*arguments, "--NUM_STEPS=1", "--RESUME=False"])
     assert (tmp_path / "run_1/step_1").is_dir() and (tmp_path / "run/step_1").is_dir()
 
@@ -338,7 +338,7 @@ def test_one_run_in_a_folder_at_a_time(main, arguments, tmp_path, capsys):
 def open_run(make_folder, set_constants, tmp_path):
     set_constants(OUTPUT_DIR=str(tmp_path / "run"))
     model, tokenizer = load(make_folder())
-    return dapo.open_run(model, tokenizer, torch.optim.AdamW(model.parameters()), [])
+    return dapo.open_run(model, tokenizer, torch.optim.AdamW(model.parameters()), [], [])
 
 
 def test_a_second_signal_is_not_waited_for(open_run, capfd):

@@ -125,13 +125,24 @@ def test_a_prompt_may_open_a_thought():
     assert not reward.compute_score("", "#### 1", "1", info)["acc"] and reward.compute_score("", "#### 1", "1")["acc"]
 
 
-JUDGED = json.loads((Path(__file__).parent / "judged_answers.json").read_text(encoding="utf-8"))
+# judged_answers.json: 574 answers after public bug reports. own_answers.json: 240 ordinary ones to GSM8K's, MATH's, and
+# Chinese questions, and 839 of the same kinds as the 574, written before they were tried; "missed" says why reward.py
+# judges one otherwise than a person would.
+JUDGED = [
+    pytest.param(
+        case,
+        id=f"{case['kind']}: {case['response'][-40:]!r}, {case['gold']!r}",
+        marks=[pytest.mark.xfail(reason=case["missed"], strict=True)] if "missed" in case else [],
+    )
+    for name in ("judged_answers.json", "own_answers.json")
+    for case in json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize("case", JUDGED, ids=lambda case: f"{case['kind']}: {case['response'][-40:]!r}, {case['gold']!r}")
+@pytest.mark.parametrize("case", JUDGED)
 def test_judged_answers(case):
-    """574 answers after public bug reports."""
-    assert reward.compute_score("", case["response"], case["gold"])["acc"] is case["right"]
+    verdict = reward.compute_score("", case["response"], case["gold"], {"question": case.get("question", "")})
+    assert verdict["acc"] is case["right"]
 
 
 QUESTION = r"Simplify $\sqrt{50}$. Which is larger, 2/3 or \frac{3}{5}, and what is $x+1$ times $(x+2)(x+3)$?"
@@ -455,7 +466,7 @@ def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, 
     judge = runpy.run_path(str(path))["compute_score"]
     for asked, response, accuracy, score in rows:
         alone = judge([""], [response], [""], [{"question": asked}])[0]
-        assert accuracy == score == pytest.approx(alone, abs=1e-5)
+        assert score == pytest.approx(alone, abs=1e-5) and accuracy == (score > 0)
     assert len({row[3] for row in rows}) > len(rows) / 2
     assert db.execute("SELECT max(value) FROM metrics WHERE name = 'grad_norm'").fetchone()[0] > 0
     db.close()
@@ -466,7 +477,6 @@ def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, 
     "verdict, said",
     [
         (ZeroDivisionError("of mine"), "ZeroDivisionError: of mine (" + __file__),
-        (None, "not NoneType"),
         (float("nan"), "{'score': nan} is not finite"),
         (float("inf"), "{'score': inf} is not finite"),
         ("1.0", "not str"),
@@ -514,13 +524,15 @@ def test_every_kind_of_number_is_a_verdict(set_reward):
         {"score": torch.tensor(1), "acc": True},
     ]
     set_reward(lambda solution_str, **others: numbers[int(solution_str)])
-    accuracies, scores, predictions = dapo.judge([question()] * 7, list("0123456"))
-    assert accuracies == scores == [1.0] * 7 and all(type(value) is float for value in accuracies + scores)
+    for verdict in dapo.judge([question()] * 7, list("0123456")):
+        assert verdict["accuracy"] == verdict["signal"] == verdict["reward"] == 1.0 and verdict["others"] == {}
+        assert all(type(verdict[name]) is float for name in ("accuracy", "signal", "reward"))
 
 
 def test_accuracy_score_and_prediction_are_told_apart(set_reward):
     set_reward(lambda solution_str, **others: {"score": -0.5, "acc": True, "pred": solution_str})
-    assert list(dapo.judge([question()] * 2, ["a", "b"])) == [[1.0, 1.0], [-0.5, -0.5], ["a", "b"]]
+    verdict = dict(accuracy=1.0, signal=1.0, reward=-0.5, others={})
+    assert dapo.judge([question()] * 2, ["a", "b"]) == [verdict | {"prediction": text} for text in "ab"]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ import dapo
 METRICS = """
 reward/mean accuracy response_length/mean response_length/max truncated_fraction entropy policy_loss entropy_loss kl
 clip_fraction/low clip_fraction/high grad_norm learning_rate groups/all_correct groups/all_wrong groups_trained
-groups/with_gradient dynamic_resample_rate generation_batches skipped_updates time/generate time/update time/step
+groups/with_gradient first_ratio_gap dynamic_resample_rate generation_batches skipped_updates time/generate time/update time/step
 tokens_per_second memory/peak_gib
 """.split()
+
+FILES = "checkpoint.previous.pt checkpoint.pt run.db step_1 step_2 training_metrics.png".split()
 
 
 def test_a_run_leaves_its_record(main, settings, chance, tmp_path, capsys):
@@ -43,7 +45,7 @@ def test_a_run_leaves_its_record(main, settings, chance, tmp_path, capsys):
     assert [step for (step,) in rows(run, "SELECT step FROM metrics WHERE name = 'sampling_gap'")] == [0, 2]
     picture = Image.open(run / "training_metrics.png")
     assert min(picture.size) > 500 and len(set(picture.convert("L").tobytes())) > 50
-    assert {p.name for p in run.iterdir()} == {"checkpoint.pt", "run.db", "step_1", "step_2", "training_metrics.png"}
+    assert sorted(p.name for p in run.iterdir()) == FILES
     said = capsys.readouterr().out
     assert "2 of 12 questions are over MAX_PROMPT_LENGTH" in said and "Tom has 19 apples." in said
 

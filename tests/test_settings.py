@@ -146,7 +146,7 @@ def test_other_questions_are_another_run(main, settings, interrupted, questions,
     rows_now = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
     try:
         dapo.pyarrow.parquet.write_table(dapo.pyarrow.Table.from_pylist(rows_now), path)
-        main([*settings, "--BATCH_SIZE=3"])
+        main([*settings, "--BATCH_SIZE=2"])
     finally:
         path.write_bytes(whole)
     assert "checksum" in capsys.readouterr().out

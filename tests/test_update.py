@@ -1,5 +1,6 @@
 """The update: a by-hand float64 calculation of a whole one, and what its gradient must not depend on."""
 
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ def gradient(model, responses):
         r.advantage = (-1) ** index * 1.5
         r.old_log_probs += torch.linspace(-0.5, 0.5, len(r.tokens))
     model.zero_grad()
-    losses, token_sums = dapo.accumulate_gradients(model, responses)
+    losses, token_sums, _ = dapo.accumulate_gradients(model, responses)
     metrics = {name: float(value) for name, value in {**losses, **token_sums}.items()}
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), metrics
 
@@ -276,17 +277,21 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
     set_constants(USE_OVERLONG_FILTERING=True, MINI_BATCHES=1, LEARNING_RATE=1e-3)
     groups = make_groups()
     expected = dapo.group_advantages(torch.tensor([[r.reward for r in group] for group in groups]))
+    for r in itertools.chain(*groups):
+        r.advantage = None
+    dapo.compare_rewards(groups)
     model, _ = load(make_folder())
     optimizer = torch.optim.AdamW(model.parameters())
     dapo.update_policy(model, None, optimizer, groups, 1)
     for group, row in zip(groups, expected):
-        assert [r.advantage for r in group] == pytest.approx(row.tolist())
+        assert [r.advantage for r in group] == [*map(pytest.approx, row.tolist()[:3]), None]
         assert [r.old_log_probs is None for r in group] == [False, False, False, True]
 
     before = [p.clone() for p in model.parameters()]
     for group in groups:
         for r in group:
-            r.truncated = True
+            r.truncated, r.advantage = True, None
+    dapo.compare_rewards(groups)
     assert dapo.update_policy(model, None, optimizer, groups, 1) == {}
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 

@@ -259,8 +259,8 @@ def test_verl_gives_the_same_rewards(verl, hand_over, make_folder):
                 tokens.append(torch.cat([ids[:1].new_full([length - len(ids)], 9), ids]))
     decoded = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     asked = [question] * len(tokens)
-    judged = zip(asked, tokens, decoded, itertools.repeat(False), *dapo.judge(asked, decoded))
-    responses = list(itertools.starmap(dapo.Response, judged))
+    judged = zip(asked, tokens, decoded, itertools.repeat(False), dapo.judge(asked, decoded))
+    responses = [dapo.Response(*row, **verdict) for *row, verdict in judged]
     dapo.shape_rewards([responses])
     ours = [response.reward for response in responses]
 

@@ -49,7 +49,7 @@ def chat(path):
     dapo.say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; Ctrl-D ends it")
     dapo.say(f"this conversation is saved in {history}" if history else "this conversation is not saved: the model is not a run's")
     for question in questions_typed():
-        ids = torch.tensor([dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])], device=model.device)
+        ids = torch.tensor([dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])[1]], device=model.device)
         if ids.shape[1] > dapo.MAX_PROMPT_LENGTH:
             dapo.say(f"[too long: {ids.shape[1]} tokens, but MAX_PROMPT_LENGTH is {dapo.MAX_PROMPT_LENGTH}]")
             continue

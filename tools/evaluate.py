@@ -55,8 +55,6 @@ def main(argv=None):
 def model_in(path):
     """The model that a run saved last if `path` is the folder of a run, else `path`. Says what it was trained with."""
     model = dapo.saved_model(path)
-    if Path(model, "run.db").exists():
-        dapo.fail(f"the run in {path} has not saved a model yet")
     note_changes(model)
     return model
 
@@ -94,7 +92,7 @@ def sample(path, questions):
     greedy, sampled = dapo.sample_groups(model, tokenizer, questions, 1, greedy=True), []
     by_length = sorted(greedy, key=lambda group: len(group[0].question.prompt))
     for group in (by_length[0], by_length[-1]):  # the one with the most padding, and the one without
-        dapo.sampling_gap(model, group[0])  # refuses a model that is sampled wrong
+        dapo.sampling_gap(model, group[0].question.prompt, group[0].tokens)  # refuses a model that is sampled wrong
     if dapo.EVAL_SAMPLES > 1:
         sampled = dapo.sample_groups(model, tokenizer, questions, dapo.EVAL_SAMPLES)
     return greedy, sampled
