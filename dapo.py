@@ -14,7 +14,8 @@ The paper is "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", 
                 (eq. 10), averaged over tokens instead of responses (eq. 12)
 
 GRPO, which DAPO improves on, omits 2 and 3 and the two changes in 5, and adds a KL penalty. We leave out training on
-more than one GPU, sampling engines such as vLLM, and the second clip ("dual clip") that the authors' code has.
+more than one GPU, sampling engines such as vLLM, and the second clip ("dual clip") that the authors' script
+sets. docs/deviations.md lists what else differs from the paper, its script, verl, and TRL.
 
 Words:
     policy π   the language model, as something that chooses the next token; training changes its probabilities
@@ -406,7 +407,8 @@ def clipped_tokens(log_probs, old_log_probs, advantages, mask):
 
 
 def kl_to_base(log_probs, base_log_probs):
-    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π; its mean over tokens from π is KL(π ‖ π_base)."""
+    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π; its mean over tokens from π is KL(π ‖ π_base),
+    but as a loss it has the gradient of KL(π_base ‖ π)."""
     log_ratio = (base_log_probs - log_probs).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
 
@@ -489,7 +491,7 @@ def log_softmax_at(targets, model, output, hidden):
         with torch.set_grad_enabled(torch.is_grad_enabled() and ENTROPY_COEF != 0):
             return log_probs, -(log_softmax.exp() * log_softmax).sum(-1)
 
-    size = max(1, LOGITS_CHUNK // model.config.vocab_size)
+    size = max(1, LOGITS_CHUNK // model.config.get_text_config().vocab_size)
     parts = [recomputed(chunk, *part) for part in zip(targets.split(size), hidden.split(size))]
     return [torch.cat(part) for part in zip(*parts)]
 
@@ -753,8 +755,7 @@ def readable(kind):
         return pyarrow.struct([field.with_type(readable(field.type)) for field in kind])
     if pyarrow.types.is_list(kind):
         return pyarrow.list_(readable(kind.value_type))
-    small = pyarrow.types.is_float16(kind) or pyarrow.types.is_float32(kind)
-    return pyarrow.string() if small or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind) else kind
+    return pyarrow.string() if kind in (pyarrow.float32(), pyarrow.binary(), pyarrow.large_binary()) else kind
 
 
 def value_at(row, name):
@@ -913,7 +914,7 @@ class Run:
             reason = "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed) or "it has finished"
             self.step, self.drawn = 0, 0
         for place in (MODEL, *(source["path"] for source in TRAIN_DATASETS + EVAL_DATASETS)):
-            if os.path.exists(place) and Path(place).resolve().is_relative_to(self.folder.resolve()):
+            if os.path.exists(place) and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(self.folder)):
                 fail(f"{place} lies in OUTPUT_DIR={OUTPUT_DIR}: give this run a folder of its own")
         if path or recorded is not None:
             aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
@@ -967,7 +968,7 @@ class Run:
         self.position = {"step": step, "drawn": self.drawn, "rests": [question.rests for question in self.questions]}
         if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():
             fail(f"after step {step} there are weights that are not finite: {ADVICE}")
-        lost = self.db and not (self.folder / "run.db").exists()
+        lost = self.db and self.recorded_steps() is None
         if self.folder.exists() and (last or self.signal or lost or step % CHECKPOINT_EVERY == 0):
             self.save_checkpoint()
         if lost:
@@ -997,6 +998,8 @@ class Run:
             fail(f"{place} is not this run's: move it; the same command then resumes the run, and saves its model")
         with complete(place) as unfinished:
             self.model.save_pretrained(unfinished)
+            for weights in unfinished.glob("*.safetensors"):  # its library lets only their owner read them
+                shutil.copymode(unfinished / "config.json", weights)
             self.tokenizer.save_pretrained(unfinished)
             self.model.own_generation_config.to_json_file(unfinished / "generation_config.json")
             for file, text in files.items():
@@ -1316,13 +1319,14 @@ def say(message):
 class Display(ObjectWrapper):
     """A stream whose failures do not end the training: its reader may have gone, its disk be full, or it is closed."""
 
-    def write(self, text):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self._wrapped.write(text)
+    def attempt(name):
+        def method(self, *parts):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                return getattr(self._wrapped, name)(*parts)
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self._wrapped.flush()
+        return method
+
+    write, flush, isatty = map(attempt, ("write", "flush", "isatty"))
 
 
 def shorten(text, length=240):

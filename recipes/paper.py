@@ -4,7 +4,9 @@
 
 Weights, gradients, and AdamW's moments of 32.8 billion parameters, 16 bytes each, take 488 GiB by themselves; the
 authors' script asks for 16 machines of 8 GPUs. Comments say where the numbers are the script's, not the paper's
-(section 4.1).
+(section 4.1). Three things in the script have no constant here: it samples three batches of questions at a time
+(gen_prompt_bsz = 3 * train_prompt_bsz), it ends with an error if MAX_GEN_BATCHES such rounds do not fill a batch, and
+it clips bad responses a second time, at a ratio of 10 (dual clip: clip_ratio_c). docs/deviations.md lists more.
 """
 
 MODEL = "Qwen/Qwen2.5-32B"

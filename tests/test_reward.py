@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from architectures import SIZES
+from conftest import ROOT, question
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 import dapo
 import reward
-from architectures import SIZES
-from conftest import ROOT, question
-from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_verl.json").read_text())
 

@@ -16,8 +16,8 @@ import dapo
 METRICS = """
 reward/mean accuracy response_length/mean response_length/max truncated_fraction entropy policy_loss entropy_loss kl
 clip_fraction/low clip_fraction/high grad_norm learning_rate groups/all_correct groups/all_wrong groups_trained
-groups/with_gradient first_ratio_gap dynamic_resample_rate generation_batches skipped_updates time/generate time/update time/step
-tokens_per_second memory/peak_gib
+groups/with_gradient first_ratio_gap dynamic_resample_rate generation_batches skipped_updates time/generate time/update
+time/step tokens_per_second memory/peak_gib
 """.split()
 
 FILES = "checkpoint.previous.pt checkpoint.pt run.db step_1 step_2 training_metrics.png".split()

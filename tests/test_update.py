@@ -350,7 +350,8 @@ class Ones(torch.nn.Module):
 class TwoTokens(torch.nn.Module):
     """A policy over two tokens that ignores its input: π = softmax(w)."""
 
-    config, device = SimpleNamespace(vocab_size=2), torch.device("cpu")
+    device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=2))
 
     def __init__(self):
         super().__init__()

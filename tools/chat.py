@@ -22,6 +22,13 @@ from reward import extract_answer
 from tools.evaluate import model_in
 
 
+class Shown(TextStreamer):
+    """Prints a response as it comes, without the control characters that a model may write."""
+
+    def on_finalized_text(self, text, stream_end=False):
+        super().on_finalized_text("".join(sign for sign in text if sign.isprintable() or sign in "\n\t"), stream_end)
+
+
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if "-h" in words or "--help" in words:
@@ -44,12 +51,13 @@ def chat(path):
     model, tokenizer = dapo.load_model(path)
     limit, temperature = dapo.MAX_RESPONSE_LENGTH, dapo.TEMPERATURE
     settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": limit}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
     history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
     dapo.say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; Ctrl-D ends it")
-    dapo.say(f"this conversation is saved in {history}" if history else "this conversation is not saved: the model is not a run's")
+    dapo.say(f"this conversation is saved in {history}" if history else "it is not saved: the model is not a run's")
     for question in questions_typed():
-        ids = torch.tensor([dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])[1]], device=model.device)
+        _, ids = dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])
+        ids = torch.tensor([ids], device=model.device)
         if ids.shape[1] > dapo.MAX_PROMPT_LENGTH:
             dapo.say(f"[too long: {ids.shape[1]} tokens, but MAX_PROMPT_LENGTH is {dapo.MAX_PROMPT_LENGTH}]")
             continue
