@@ -180,10 +180,9 @@ def train_step(model, base, tokenizer, optimizer, stream, step):
     shape_rewards(sampled)  # 3. shape; the batch is among them, and the metrics show them all
     compare_rewards(batch)  # 4. compare
     metrics = sampling_metrics(sampled, groups, batch, rounds, time.perf_counter() - start)
-    metrics |= update_policy(model, base, optimizer, batch, step)  # 5. update
+    metrics |= update_policy(model, base, optimizer, batch, step) | {"memory/peak_gib": peak_memory()}  # 5. update
     seconds = time.perf_counter() - start
-    metrics |= {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}
-    return metrics | {"memory/peak_gib": peak_memory()}, sampled
+    return metrics | {"time/step": seconds, "time/update": seconds - metrics["time/generate"]}, sampled
 
 
 @dataclass(eq=False)  # compared by identity, as tensors cannot be
@@ -226,8 +225,8 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
     truncated = [ids[-1].item() not in model.generation_config.eos_token_id for ids in tokens]
     rows = zip(asked, tokens, texts, truncated, judge(asked, texts))
     responses = [verdict and Response(*row, **verdict) for *row, verdict in rows]  # None: REWARD gave no verdict
-    groups = (responses[first : first + group_size] for first in range(0, len(responses), group_size))
-    return [group for group in (list(filter(None, group)) for group in groups) if group]
+    groups = [responses[first : first + group_size] for first in range(0, len(responses), group_size)]
+    return [list(filter(None, group)) for group in groups if any(group)]
 
 
 @torch.no_grad()
@@ -286,7 +285,8 @@ def filter_groups(groups):
     Accuracy decides, not the shaped reward: overlong penalties differ in all-wrong groups, too, but teach little."""
     if not USE_DYNAMIC_SAMPLING:
         return groups, []
-    uniform = [group for group in groups if are_equal(torch.tensor([[response.signal for response in group]]))]
+    signals = [torch.tensor([[response.signal for response in group]]) for group in groups]  # (1, G) each
+    uniform = [group for group, signal in zip(groups, signals) if not group_advantages(signal).any()]
     for group in groups:
         group[0].question.rests = REST_EPOCHS if group in uniform else 0
     return [group for group in groups if group not in uniform], uniform
@@ -313,13 +313,9 @@ def group_advantages(rewards):
 
     With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros.
     """
-    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    return advantages.masked_fill(are_equal(rewards), 0.0)  # division by 1e-6 would magnify rounding errors
-
-
-def are_equal(values):
-    """(n, G) → (n, 1): whether the values of a group are equal, but for rounding."""
-    return values.isclose(values[:, :1], rtol=1e-4, atol=1e-6).all(1, keepdim=True)
+    std = rewards.std(1, keepdim=True, correction=min(1, rewards.shape[1] - 1))  # of one reward it is 0
+    equal = rewards.isclose(rewards[:, :1], rtol=1e-4, atol=1e-6).all(1, keepdim=True)  # but for rounding errors
+    return ((rewards - rewards.mean(1, keepdim=True)) / (std + 1e-6)).masked_fill(equal, 0.0)
 
 
 # ---- 5. Update ------------------------------------------------------------------------------------------------------
@@ -358,10 +354,9 @@ def update_policy(model, base, optimizer, groups, step):
 def accumulate_gradients(model, mini_batch):
     """Adds up the gradients of a mini-batch, one micro-batch of at most MICRO_BATCH_TOKENS tokens at a time.
 
-    Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its loss.
-    With a mean of micro-batch means, a token's weight would depend on which others are in its micro-batch. Returns the
-    losses, sums over tokens of the other metrics, and the largest |ρ - 1|.
-    """
+    Each loss is divided by the count of the whole mini-batch, so the losses of its micro-batches add up to its loss; in
+    a mean of their means, a token's weight would depend on its neighbors. Returns losses, sums over tokens of the other
+    metrics, and the largest |ρ - 1|."""
     count = sum(len(response.tokens) for response in mini_batch)
     denominator = count if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
     losses, token_sums, gaps = Counter(), Counter(tokens=count), []
@@ -400,15 +395,8 @@ def probability_ratio(log_probs, old_log_probs, mask):
     return ((log_probs - old_log_probs) * mask).clamp(-20, 20).exp()
 
 
-def clipped_tokens(log_probs, old_log_probs, advantages, mask):
-    """Two (B, T) masks: the tokens without a gradient, clipped at the lower bound and at the upper."""
-    ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
-    return (advantages < 0) & (ratio < 1 - CLIP_RANGE_LOW), (advantages > 0) & (ratio > 1 + CLIP_RANGE_HIGH)
-
-
 def kl_to_base(log_probs, base_log_probs):
-    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π; its mean over tokens from π is KL(π ‖ π_base),
-    but as a loss it has the gradient of KL(π_base ‖ π)."""
+    """(B, T), (B, T) → (B, T): x - 1 - log x with x = π_base / π; its mean over tokens from π is KL(π ‖ π_base)."""
     log_ratio = (base_log_probs - log_probs).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
 
@@ -425,18 +413,6 @@ def aggregate_loss(token_losses, mask, mode, denominator=None):
         return token_losses.sum() / (denominator or lengths.sum())
     losses = token_losses.sum(1) / (lengths.clamp(min=1) if mode == "seq-mean-token-mean" else 1)
     return losses.sum() / (denominator or lengths.count_nonzero())
-
-
-@torch.no_grad()
-def store_log_probs(model, responses, name):
-    """Sets `name`, old_log_probs or base_log_probs, of each response."""
-    for micro_batch in micro_batches(responses):
-        for response, log_probs in zip(micro_batch, score(model, micro_batch)[0]):
-            setattr(response, name, log_probs[: len(response.tokens)].clone())  # without the padding
-
-
-def score(model, batch):
-    return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
 
 
 def token_log_probs(model, prompts, responses):
@@ -477,6 +453,18 @@ def micro_batches(responses):
         batch.append(response)
     if batch:
         yield batch
+
+
+@torch.no_grad()
+def store_log_probs(model, responses, name):
+    """Sets `name`, old_log_probs or base_log_probs, of each response."""
+    for micro_batch in micro_batches(responses):
+        for response, log_probs in zip(micro_batch, score(model, micro_batch)[0]):
+            setattr(response, name, log_probs[: len(response.tokens)].clone())  # without the padding
+
+
+def score(model, batch):
+    return token_log_probs(model, [r.question.prompt for r in batch], [r.tokens for r in batch])
 
 
 def log_softmax_at(targets, model, output, hidden):
@@ -1105,6 +1093,12 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
         "time/generate": seconds,
         "tokens_per_second": sum(lengths) / seconds,
     }
+
+
+def clipped_tokens(log_probs, old_log_probs, advantages, mask):
+    """Two (B, T) masks: the tokens without a gradient, clipped at the lower bound and at the upper."""
+    ratio, advantages = probability_ratio(log_probs, old_log_probs, mask), advantages[:, None]
+    return (advantages < 0) & (ratio < 1 - CLIP_RANGE_LOW), (advantages > 0) & (ratio > 1 + CLIP_RANGE_HIGH)
 
 
 def diagnose(metrics, groups):

@@ -147,5 +147,5 @@ def question(text="q", answer="1", length=5):
 
 def response(accuracy=1.0, reward=None, tokens=(4, 5, 6), truncated=False, asked=None, prediction=None):
     reward = 2 * accuracy - 1 if reward is None else reward
-    verdict = accuracy, accuracy, reward, prediction, {}
+    verdict = float(accuracy), float(accuracy), reward, prediction, {}
     return dapo.Response(asked or question(), torch.tensor(tokens), "", truncated, *verdict)

@@ -26,7 +26,8 @@ class Shown(TextStreamer):
     """Prints a response as it comes, without the control characters that a model may write."""
 
     def on_finalized_text(self, text, stream_end=False):
-        super().on_finalized_text("".join(sign for sign in text if sign.isprintable() or sign in "\n\t"), stream_end)
+        text = "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
+        super().on_finalized_text(text, stream_end=stream_end)
 
 
 def main(argv=None):
