@@ -99,7 +99,7 @@ def test_links_lead_somewhere(name):
 
 
 MADE = set("training_metrics.png checkpoint.pt run.db train_script.py constants.py step_40/ verl_run/".split())
-THEIRS = {"eval/", "NAME", "WANDB_MODE=offline", "get_soft_overlong_punishment"}  # other programs', or a part of a name
+THEIRS = {"eval/", "NAME", "checkpoint.previous.pt", "WANDB_MODE=offline", "get_soft_overlong_punishment"}  # other programs', or a part of a name
 
 
 @pytest.mark.parametrize("name", FILES)
