@@ -104,8 +104,8 @@ if __name__ == "__main__":
     for right, cases in (True, RIGHT), (False, WRONG):
         for response, truth in cases:
             judged = list(verdicts(response, truth))
-            mistakes = [count + (verdict != right) for count, verdict in zip(mistakes, judged)]
+            mistakes = [count + (verdict == (not right)) for count, verdict in zip(mistakes, judged)]
             signs = ["" if verdict is None else "right" if verdict else "wrong" for verdict in judged]
-            signs = [sign if verdict == right else f"**{sign}**" for sign, verdict in zip(signs, judged)]
+            signs = [f"**{sign}**" if verdict == (not right) else sign for sign, verdict in zip(signs, judged)]
             print(f"| {cell(response)} | {cell(truth)} | {'right' if right else 'wrong'} | {' | '.join(signs)} |")
     print(f"\n{len(RIGHT) + len(WRONG)} responses; mistakes: reward.py %d, math-verify %d, verl %d" % tuple(mistakes))
