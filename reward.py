@@ -45,10 +45,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def trl_reward(completions, answer, prompts=None, **columns):
     """The scores of a list of completions, as text or as chat messages, given their answers; for TRL's GRPOTrainer."""
-    prompts = prompts or [""] * len(completions)
-    texts, asked = (
-        [x if isinstance(x, str) else x[-1]["content"] for x in column] for column in (completions, prompts)
-    )
+    both = completions, prompts or [""] * len(completions)
+    texts, asked = ([x if isinstance(x, str) else x[-1]["content"] for x in column] for column in both)
     return [compute_score("", *row, {"question": question})["score"] for *row, question in zip(texts, answer, asked)]
 
 
@@ -67,39 +65,39 @@ def overlong_penalty(length, max_length, buffer_length, factor=1.0):
 # ---- The answer in a response ---------------------------------------------------------------------------------------
 
 THOUGHT = re.compile(r"<(/?)(?:think(?:ing)?|thought|reasoning)>|<\|(?:begin|(end))_of_thought\|>|◁(/?)think▷")
-MARKER = re.compile(
-    r"""(?P<box>\\boxed\s*\{) | (?P<bare>\\boxed\s*(?=[-\\\w])) | (?P<tag><answer>) | (?P<hashes>\#{4,})
-    | (?P<colon>(?:answer|答案)(?:\ \([^()\n]*\))?[*_}`\ ]*[:：])
-    | (?P<title>^[\#*_\ \t]*(?:\\textbf\{)?(?:the\ )?(?:final\ )?answer[*_}\ \t]*$)
-    | (?P<prose>answer[*_]*(?:\ (?:to|for|of)(?:\ [\w'’]+){1,6}?)?\ (?:is|are|equals|turns\ out\ to\ be
-      |(?:should|must|would|will)\ be)\b | 答案就?[是为])""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
-)
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace, or something escaped, which is none
 REWRITTEN = [  # before a text is searched
     (r"</?(?:b|strong|i|em|u|p|span|code|mark|br)\b[^<>]*>", ""),
-    (r"\\(?:fbox|framebox)(?![A-Za-z])", r"\\boxed"),
-    (r"(?:(?<=[=(])\s*[-−]\s*|(?<=[\s$:])[-−])\\boxed\s*\{", r"\\boxed{-"),
+    (r"[-−](?:(?<=[\s$:][-−])|(?<=[=(][-−])\s*|(?<=[=(]\s[-−])\s*)\\boxed\s*\{", r"\\boxed{-"),
     (  # boxes that are one answer: `and`, `$, $x_2=`, `. Part (b): `
-        r"""(?ix)(\\boxed\s*\{(?:[^{}]|\{[^{}]*\})+)\} [\s$(]*
-        (?:(=)|(?=[^\\\n]*(?:[,;、)和或与及]|\band\b|\bor\b|\\text)) (?:[\s$(),;、.:和或与及]|\band\b|\bor\b|maybe|perhaps|also
-        |Part|\\text\{[\ ,]*(?:and|or)\ ?\}|[a-z](?:_\{?\d\}?)?\ ?=|[a-z](?=\)))*) [\s$(]* \\boxed\s*\{""",
-        lambda m: f"{m[1]}{m[2] or (' or ' if re.search('[^a-z]or[^a-z]|或', m[0]) else ', ')}",
+        r"""(?ix) (\\boxed\s*\{(?:[^{}]|\{[^{}]*\})+)\} [\s$(]* (?: (=)[\s$]*
+        | (?=[^\\\n]*(?:[,;、)和或与及]|\band\b|\bor\b|\\text)) (?: [\s$(),;、.:和或与及] | \b(?:and|or)\b | also
+          | maybe | Part | \\text\{[\ ,]*(?:and|or)\ ?\} | [a-z](?:_\{?\d\}?)?\ ?= | [a-z](?=\)) )* ) \\boxed\s*\{""",
+        lambda boxes: boxes[1] + (boxes[2] or (" or " if re.search("[^a-z]or[^a-z]|或", boxes[0]) else ", ")),
     ),
 ]
-REWRITTEN = [(re.compile(pattern), standard) for pattern, standard in REWRITTEN]
+KEY = re.compile(r"\\boxed|\\fbox|\\framebox|<answer>|####+|answer|Answer|ANSWER|答案")  # found fast
+MARKER = re.compile(
+    r"""(?P<box>\\[a-z]+\s*\{) | (?P<bare>\\boxed\s*(?=[-\\\w])) | (?P<tag><answer>) | (?P<hashes>\#+) | (?:answer|答案)
+    (?:(?P<colon>(?:\ \([^()\n]*\))?[*_}`\ ]*[:：]) | (?P<title>[*_}\ \t]*$)
+      | (?P<prose>[*_]*(?:\ (?:to|for|of)(?:\ [\w'’]+){1,6}?)?\ (?:is|are|equals|turns\ out\ to\ be
+        |(?:should|must|would|will)\ be)\b | 就?[是为]))""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+TITLE = re.compile(r"[#*_ \t]*(?:\\textbf\{)?(?:the )?(?:final )?", re.IGNORECASE)  # what may stand before "Answer"
 BLOCK = re.compile(r"```\w*\n(.*?)```|\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.DOTALL)
 ITEM = re.compile(r"(?:[-*•]|\d+[.)])\s+(.+)")
-FILLER = re.compile(
-    r"(?:\s*(?:indeed|therefore|thus|simply|just|exactly|clearly|equal to|option|choice)\b[ ,:]*)*", re.I
-)
+FILLER = re.compile(r"(?:\s*(?:indeed|therefore|thus|simply|just|exactly|equal to|option|choice)\b[ ,:]*)*", re.I)
+SENTENCE = re.compile(r".*(?:\n *or [-$\d\\].*)?")
 AFTERTHOUGHT = re.compile(
-    r"""(?<=[\d}$)\]*])\.\s | \.\s+(?=[A-Z\\$(*]) | 。 | [；;]\s*(?=[a-z]+\ ) | </ | \ \((?!or\b|and\b|mod\b|not\b)[a-z]
-    | ,?\ (?:because|since|as|so|which|where|when|while|given|meaning|hence|thus|in\ total|in\ all)\b""",
+    r"""(?<=[\d}$)\]*])\.\s | \.\s+(?=[A-Z\\$(*]) | 。 | [；;]\s*(?=[a-z]+\ ) | </ | \ —\ (?=[a-z])
+    | \ \((?!or\b|and\b|mod\b|not\b)[a-z] | ,?\ (?:because|since|as|so|which|where|when|while|given|meaning|hence
+      |thus|in\ total|in\ all)\b""",
     re.VERBOSE,
 )
 CLEAR = re.compile(r"[-+−–$\\({\[√\d*\"'“`]|.{1,3}$|(?:yes|no|true|false|none)\b", re.IGNORECASE)
-DECORATION = ' \t\r\n*_`"“”'
+DECORATION = ' \t\r\n*_`"“”\u200b\ufeff✅✓✔'
+BRACKET = re.compile(r"\\.|[][(){}]", re.DOTALL)
+POWER_OF_BOX = re.compile(r"(?:\^|_[\w{])[^\s$]*|")  # 7^2 is not 7
 FORMULA = re.compile(r"\$\$(.+)\$\$|\$([^$]+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 
 
@@ -119,10 +117,13 @@ def extract_answer(text, prompt=""):
     for pattern, standard in REWRITTEN:
         count = 1
         while count:
-            text, count = pattern.subn(standard, text)
-    for marker in reversed(list(MARKER.finditer(text))):
-        kind, rest = marker.lastgroup, text[marker.end() :]
-        answer = announced(rest, kind)
+            text, count = re.subn(pattern, standard, text)
+    for key in reversed(list(KEY.finditer(text))):
+        marker = MARKER.match(text, key.start())
+        kind = marker and marker.lastgroup
+        if not marker or kind == "title" and not TITLE.fullmatch(text[: key.start()].rpartition("\n")[2]):
+            continue
+        answer = announced(text[marker.end() :], kind)
         if answer is None:
             return None  # a box broken off
         if answer.strip(". ") and (kind not in ("hashes", "prose") or CLEAR.match(answer) and not ITEM.match(answer)):
@@ -132,31 +133,29 @@ def extract_answer(text, prompt=""):
 
 
 def announced(rest, kind):
-    """What a box holds, or what follows "Answer:": a block, items of a list, or a sentence without its afterthoughts."""
+    """What a box holds, or what follows "Answer:": a block, a list, or a sentence without its afterthoughts."""
     if kind == "box":
-        inside = before_closing_brace(rest)
-        return inside if inside is None else tidy(inside)
+        inside = before_closing(rest)
+        return inside if inside is None else tidy(inside) + POWER_OF_BOX.match(rest, len(inside) + 1).group()
     if kind == "bare":
         return tidy(re.match(r"[-\\\d][^\s${}]*|\w\b|", rest).group())
-    if kind == "tag":
-        return tidy(rest.partition("</answer>")[0])
     start = rest.lstrip(" \t*_:：>}" if kind == "hashes" else " \t*_:：>}\n")
     if block := BLOCK.match(start):
         return tidy(next(filter(None, block.groups()), ""))
     if "\n" in rest[: len(rest) - len(start)] and ITEM.match(start):
         return ", ".join(tidy(ITEM.match(line)[1]) for line in takewhile(ITEM.match, start.split("\n")))
-    sentence = AFTERTHOUGHT.split(start[FILLER.match(start).end() :].partition("\n")[0], maxsplit=1)[0]
-    inside = before_closing_brace(sentence)  # where the sentence is in a box
+    sentence = AFTERTHOUGHT.split(SENTENCE.match(start, FILLER.match(start).end()).group(), maxsplit=1)[0]
+    inside = before_closing(sentence)  # where the sentence is in a box
     return tidy(sentence if inside is None else inside)
 
 
-def before_closing_brace(text):
-    """What stands before the brace that closes one opened before `text`; None where there is none."""
+def before_closing(text, opening="{", closing="}"):
+    """What stands before the bracket that closes one opened before `text`; None where there is none."""
     depth = 0
-    for brace in BRACE.finditer(text):
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+    for bracket in BRACKET.finditer(text):  # or something escaped, which is none
+        depth += (bracket.group() in opening) - (bracket.group() in closing)
         if depth < 0:
-            return text[: brace.start()]
+            return text[: bracket.start()]
     return None
 
 
@@ -176,85 +175,71 @@ def synonyms(table):
     return {spelling: standard for standard, *spellings in rows for spelling in spellings}
 
 
-SIGNS = synonyms(r"""\infty ∞ | \le ≤ ⩽ | \ge ≥ ⩾ | \ne ≠ | \cup ∪ | \cap ∩ | \emptyset ∅ | \in ∈ | \pm ± | \mp ∓ | \div ÷
-    | \approx ≈ | \to → | \angle ∠ | \sqrt √ | \mathbb{R} ℝ | \mathbb{Z} ℤ | \mathbb{N} ℕ | \mathbb{Q} ℚ | \Delta Δ
-    | \alpha α | \beta β | \gamma γ | \delta δ | \epsilon ε | \theta θ | \lambda λ | \mu μ | \pi π | \rho ρ | \sigma σ
-    | \tau τ | \phi φ | \omega ω | * × · ⋅ ∙ • ∗ | - − – — ‐ ‑ | ' ′ ’ | '' ″ | / ⁄""")
-ASCII = {sign: f"{name} " if name.startswith("\\") else name for sign, name in SIGNS.items()}
-ASCII = str.maketrans(ASCII | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad✅✓✔", ""))
-MACROS = synonyms(r"""\frac \dfrac \tfrac \cfrac | \binom \dbinom \tbinom | \le \leq \leqslant | \ge \geq \geqslant
-    | \ne \neq | \to \rightarrow | \emptyset \varnothing | \ldots \dots \cdots \dotsc | \overline \bar | \Delta \triangle
-    | \setminus \backslash | * \times \cdot \cdotp \ast \bullet | : \colon | ' \prime | ( \langle \lparen | ° \degree
-    | ) \rangle \rparen | % \% | $ \$ | & \& | _ \_ | or \lor \vee | \{ \lbrace | \} \rbrace
-    | \text \mathrm \textrm \textbf \textit \textnormal \mbox \operatorname \textsf \texttt \emph""")
-DRESS = """left right displaystyle textstyle limits big bigl bigr Big Bigl Bigr bigg biggl biggr large Large bm boldsymbol
-    mathbf mathsf mathit underline boxed ensuremath""".split()
+STANDARD = synonyms(r"""\infty ∞ \infinity | \le ≤ ⩽ <= \leq \leqslant | \ge ≥ ⩾ >= => \geq \geqslant | \ne ≠ != \neq
+    | \cup ∪ | \cap ∩ | \emptyset ∅ \varnothing | \in ∈ | \pm ± | \mp ∓ | \div ÷ | \approx ≈ | \to → \rightarrow
+    | \mathbb{R} ℝ | \mathbb{Z} ℤ | \mathbb{N} ℕ | \mathbb{Q} ℚ | \angle ∠ | \sqrt √ | \Delta Δ \triangle | \alpha α
+    | \beta β | \gamma γ | \delta δ | \epsilon ε | \theta θ | \lambda λ | \mu μ | \pi π | \rho ρ | \sigma σ | \tau τ
+    | \phi φ | \omega ω | * × · ⋅ ∙ • ∗ \times \cdot \cdotp \ast \bullet | - − – — ‐ ‑ | ' ′ ’ \prime | '' ″ | = :=
+    | ^ ** | $ \$ | % \% | & \& | _ \_ | : \colon | ( \langle | ) \rangle | \{ \lbrace | \} \rbrace | ° \degree \circ
+    | or \lor \vee | \frac \dfrac \tfrac \cfrac | \binom \dbinom \tbinom | \ldots ... … \dots \cdots \dotsc
+    | \overline \bar | \setminus \backslash | \text \mathrm \textrm \textbf \textit \textnormal \mbox \operatorname""")
+
+
+def standard(sign):
+    r"""`≤`, `<=` or `\leq` → `\le`"""
+    name = STANDARD.get(sign) or unicodedata.normalize("NFKC", sign)
+    return f"{name} " if name[:1] == "\\" != sign[0] else name
+
+
+SIGN = re.compile(r"\\(?:[a-zA-Z]+|[%$&_])|[<>!:]=|=>|\.\.\.|(?<=[\w)])\*\*(?=[\w(-])|[^\x00-\x7f]")
+DRESS = r"[bB]igg?[lr]?|left|right|displaystyle|textstyle|[lL]arge|bm|boldsymbol|math(?:bf|sf|it)|underline|boxed|fbox"
+FUNCTION = r"sqrt|sin|cos|tan|arc\w{3}|ln|log|exp|gcd|lcm|pi|infinity"
 LAYOUT = [  # what else can be written in several ways, and how it is written here
     (r"(?<![A-Za-z\\])([kcdm]?m)([²³])", r"\\text{\1}\2"),  # a unit, where m^2 is a formula
     (r"[⁰¹²³⁴-⁹⁻]+", lambda powers: f"^{{{unicodedata.normalize('NFKC', powers[0])}}}"),
-    (r"[¼-¾⅐-⅞]", lambda fraction: f" {unicodedata.normalize('NFKC', fraction[0])} "),
+    (r"[¼-¾⅐-⅞]", lambda fraction: f" {unicodedata.normalize('NFKC', fraction[0]).replace('⁄', '/')} "),
     (r"√ ?(\d+)", r"\\sqrt{\1}"),
-    (r"(?s).+", lambda text: tidy(unicodedata.normalize("NFKC", text[0].translate(ASCII)).translate(ASCII))),
     (r"(?<!\\)\$((?:\\.|[^$\\])*)\$", r" \1 "),
-    (rf"(?<!\\)\\[([)\]!]|\\(?:{'|'.join(DRESS)})(?![a-zA-Z])|\\(?:text)?color ?\{{\w+\}}", ""),
+    (rf"(?<!\\)\\[([)\]!]|\\(?:{DRESS})(?![a-zA-Z])|\\(?:text)?color ?\{{\w+\}}", ""),
     (r"(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace)(?![a-zA-Z])|~|\s+", " "),
-    (r"\\(?:[a-zA-Z]+|[%$&_])", lambda macro: MACROS.get(macro[0], macro[0])),
-    (r"\\text ?\{[ ,]*(and|or|和|或)[ ,]*\}", r" \1 "),
-    (r"\\text ?\{([^{}]+?),? ?\b(and|or) ?\}", r"\\text{\1} \2 "),
+    (rf"(?<![\\a-zA-Z])(?:\\(?:text|mathrm|operatorname) ?\{{ ?)?({FUNCTION})(?![a-zA-Z])(?: ?\}})?", r"\\\1 "),
+    (SIGN, lambda sign: standard(sign[0])),
+    (r"\\text ?\{([^{}]*?)[ ,]*(\band\b|\bor\b|[和或])[ ,]*\}", r"\\text{\1} \2 "),
     (r"(?i)(?<=\d) ?(?:\\text ?\{)? ?([ap])\.? ?m\.? ?\}?$", r" \1m"),
     (r"\\text ?\{([^{}A-Za-z\u4e00-\u9fff]*|\(?[A-J][.)]* ?| ?(?:[ied]|Rs\.) ?)\}|\{([,+*:-])\}", r"\1\2"),
-    (
-        r"(?<![\\a-zA-Z])(?:\\text ?\{ ?)?(sqrt|sin|cos|tan|arc\w{3}|ln|log|exp|gcd|lcm|pi|infinity)(?![a-zA-Z])(?: ?\})?",
-        r"\\\1 ",
-    ),
-    (r"\\infinity|\+\\infty", r"\\infty"),
-    (r"\^ ?(?:\\circ(?![a-z])|\{ ?\\circ ?\})|° ", "°"),
-    (r"\^ ?\{ ?('+) ?\}|\^('+)", r"\1\2"),
-    (r"(?<=[\w)])\*\*(?=[\w(-])", "^"),
-    (r">=|=>", r"\\ge "),
-    (r"<=", r"\\le "),
-    (r"!=", r"\\ne "),
-    (r":=", "="),
-    (r"\.\.\.", r"\\ldots "),
+    (r"([_^]) ?\{ ?(\w|°|'+) ?\}", r"\1\2"),
+    (r"\^ ?(?=[°'])|(?<=°) ", ""),
     (r"\\frac ?(\w)", r"\\frac{\1}"),
     (r"(\\frac ?\{[^{}]*\}) ?(\w)", r"\1{\2}"),
     (r"\\sqrt ?(\[\w+\])? ?(?:\((\w+)\)|\{ ?(\w+) ?\}|(\w))", r"\\sqrt\1{\2\3\4}"),
-    (r"([_^]) ?\{ ?(\w) ?\}", r"\1\2"),
     (r"\((\d+)\)_", r"\1_"),
     (r"\\mathbb ?([A-Z])", r"\\mathbb{\1}"),
     (r"\{ ?(\w+) ?\\choose ?(\w+) ?\}", r"\\binom{\1}{\2}"),
-    (r"\\(begin|end)\{(?:array|(?:small|[bp])?matrix)\}(?:\{[lcr|]*\})?", r"\\\1{pmatrix}"),
-    (r"(\\\\)(?:\[\w+\])? ?(?=(\\end)?)", r"\1"),
-    (r"^[(\[] ?(\\begin.*\\end\{pmatrix\}) ?[)\]]$", r"\1"),
     (
         r"^\[ ?\[(.+)\] ?\]$",
-        lambda m: (
-            r"\begin{pmatrix}%s\end{pmatrix}" % m[1].replace("], [", "],[").replace("],[", r"\\").replace(",", "&")
-        ),
+        lambda rows: r"\begin{pmatrix}%s\end{pmatrix}" % re.sub("] ?, ?\\[", r"\\\\", rows[1]).replace(",", "&"),
     ),
     (r"^(?:\\text\{)?[Aa]ll real(?: number)?s?\}?$", r"\\mathbb{R}"),
-    (r"^\](.*)$", r"(\1"),
-    (r"^([(\[][^()\[\]]*)\[$", r"\1)"),
+    (r"^\]|\[$", lambda bracket: {"]": "(", "[": ")"}[bracket[0]]),  # ]0,1[
     (r"^\\\{ ?[a-z] ?(?:\||:|\\mid(?![a-z]))(.*)\\\}$", r"\1"),
     (r"^(\d+) to (\d+)$", r"\1:\2"),
-    (
-        r"^\\forall[^,]*,|,? ?(?:\\forall|\\text\{ ?for all ?\}).*$|^\([a-z, ]+\) ?= ?(?=\()|^[a-z](?:_\w)? ?\\in(?![a-z]) ?",
-        "",
-    ),
-    (r", ?[a-z] ?\\in ?\\mathbb\{[ZN]\}.*$", ""),
+    (r"^\\forall[^,]*,|(?:,? ?(?:\\forall|\\text\{ ?for all ?\})|, ?[a-z] ?\\in ?\\mathbb).*$", ""),
+    (r"^\([a-z, ]+\) ?= ?(?=\()|^[a-z](?:_\w)? ?\\in(?![a-z]) ?", ""),
     (r"(\d) ?(\\text ?\{ ?[a-z.]+ ?\}|[a-z]{2,}\.?|h) ?(?=\d)", r"\1 \2, "),
 ]
-LAYOUT = [(re.compile(pattern), standard) for pattern, standard in LAYOUT]
+BARE = re.compile(r"-?[0-9][0-9,]*(?:\.[0-9]+)?")
 WRAPPER = re.compile(r"(?:\\text ?)?\{(.*)\}|\(([^(),;]*)\)")
 
 
 @functools.lru_cache(maxsize=2**12)  # a group has one ground truth, and often one answer
 def plain(answer):
     r"""An answer in plain characters and without layout: `\text{ 1\,234 }` → `1 234`."""
-    for pattern, standard in LAYOUT:
-        answer = pattern.sub(standard, answer)
+    if BARE.fullmatch(answer):
+        return answer
+    for pattern, spelling in LAYOUT:
+        answer = re.sub(pattern, spelling, answer)
     answer = tidy(answer)
-    while (wrapped := WRAPPER.fullmatch(answer)) and before_closing_brace(wrapped[1] or "") is None:
+    while (wrapped := WRAPPER.fullmatch(answer)) and before_closing(wrapped[1] or "") is None:
         answer = tidy(wrapped[1] or wrapped[2] or "")
     return answer
 
@@ -266,25 +251,15 @@ CHOICE = re.compile(r"\(?([A-J])(?:\)|[.:](?!\d))[ :.]*(?![ :.]*(?:or|and)\b|,)(
 NOISE = re.compile(r"-?(?=(?:\D*\d){15})0?\.?0*\d*\.\d*[1-9]\d*")  # a truth with 15 digits or more is a float
 IRRATIONAL = re.compile(r"\\(?:sqrt|pi|ln|log|sin|cos|tan|exp|arc)|e\^|\^\{[^{}]*[/.]")
 MONTH = re.compile(r"\b(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\b", re.IGNORECASE)
-NO_FORMULA = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{4}|(?<![_\d])\d+ \d|\d_|[$?\x00-\x1f\ud800-\udfff]")
-WORK = [
-    r"\\sum",
-    r"\\prod",
-    r"\\int",
-    r"\\lim",
-    r"\\binom|!",
-    "gcd",
-    "lcm",
-    "max",
-    "(?<!set)min",
-    "mod",
-    r"\\det",
-    r"frac\{d",
-]
+WORDS = re.compile(r"(?=.*[^\W\d_]{3}|.*[^\x00-\x7f]|[Nn][Oo]$|on$|.*\d [apAP]m$)[\w\s,.:'()/!-]+")
+NO_FORMULA = re.compile(r"\^\{?T\b|(?<![\\{A-Za-z])[A-Za-z]{4}|(?<![_\d])\d+ \d|\d_|[$?\x00-\x1f\ud800-\udfff]")
+WORK = re.compile(r"\\sum|\\prod|\\int|\\lim|!|gcd|lcm|max|(?<!set)min|mod|\\det|frac\{d")
 SEPARATOR = r"\s*[,;、&]\s*(?:(?:and|or)\b)?|\b(?:and|or)\b|[和或]"
 EQUALS = r"=|\\approx"
 RELATION = re.compile(r"[<>]|\\[lgn]e(?![a-z])")
-NAME = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?: ?\([^()]*\)| [A-Z]+)?|\|[A-Z]{2}\||\\[a-z]+\{[^{}]*\}")
+NAME = re.compile(  # the left side of an equation that tells a value: `x_1`, `f(2)`, `\angle ABC`, or a calculation
+    r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'*(?: ?\([^()]*\)| [A-Z]+)?|\|[A-Z]{2}\||\\[a-z]+\{[^{}]*\}|(?:\\[a-z]+|[^A-Za-z\\])*"
+)
 
 
 def answers_match(prediction, ground_truth, question=""):
@@ -298,8 +273,8 @@ def answers_match(prediction, ground_truth, question=""):
 
 
 def copied(answer, truth, question):
-    """Whether an answer is a formula of the question that the truth does not have. Numbers and names are no formulas."""
-    if not question or as_number(answer) or not re.search(r"[-+*/^!(]|\\[a-z]", answer):
+    """Whether an answer is a formula of the question that the truth does not have; numbers and names are none."""
+    if not question or as_choice(truth)[0] or as_number(answer) or not re.search(r"[-+*/^!(]|\\[a-z]", answer):
         return False
     parts, true_parts = (re.findall(r"\\[A-Za-z]+|\S", text) for text in (answer, truth))
     formula = r"(?<![\w}^.\\])" + r"\s*".join(map(re.escape, parts)) + r"(?![\w^{])"
@@ -310,42 +285,37 @@ def same(answer, truth):
     """Whether two plain answers are the same. Lists, points, and equations are taken apart until neither is one."""
     if answer == truth or not answer or not truth:
         return answer == truth != ""
+    number, true_number = as_number(answer), as_number(truth)
+    if number and true_number:
+        return same_number(number, true_number) or bool(NOISE.fullmatch(truth)) and near(number[0], truth)
     (letter, text), (true_letter, true_text) = as_choice(answer), as_choice(truth)
     if letter and true_letter:
         return letter == true_letter and (not text or not true_text or same(text, true_text))
     if (letter or true_letter) and text and true_text:  # (D) 42 where it is 42
         return same(text, true_text)
-    point, true_point, values, true_values = (
-        as_point(answer),
-        as_point(truth),
-        as_values(answer, truth),
-        as_values(truth),
-    )
+    point, true_point = as_point(answer), as_point(truth)
     if point and true_point:
         return answer[0] + answer[-1] == truth[0] + truth[-1] and all_same(point, true_point)
+    values, true_values = as_values(answer, truth), as_values(truth)
     if (point or true_point) and len(values) + len(true_values) > 2:  # x=1, y=2 where it is (1, 2)
         listed = sorted(values) if all("=" in value for value in values) else values
         return "\\{" not in (answer[:2], truth[:2]) and all_same(point or listed, true_point or true_values)
-    if len(values) > 1 or len(true_values) > 1 or answer != values[0] or truth != true_values[0]:
+    if [answer, truth] != values + true_values:
         right = all(any(same(value, true) for true in true_values) for value in values)
         return right and all(any(same(value, true) for value in values) for true in true_values)
-    if len(split(answer, EQUALS)) > 1 or len(split(truth, EQUALS)) > 1:
+    if re.search(EQUALS, answer + truth) and len(split(answer, EQUALS)) + len(split(truth, EQUALS)) > 2:
         return same_equation(answer, truth)
-    number, true_number = as_number(answer), as_number(truth)
-    if number and true_number:
-        return (
-            same_number(number, true_number) or NOISE.fullmatch(truth) is not None and near(number[0], truth)
-        )
     if true_number and not (NOISE.fullmatch(truth) and IRRATIONAL.search(answer)):
         return False  # 13+21 where it is 34: the judge is not to do the work
     words, true_words = as_words(answer), as_words(truth)
     if words or true_words:
         return words == true_words
     ratio, true_ratio = split(answer, ":"), split(truth, ":")
-    if len(ratio) > 1 or len(true_ratio) > 1:
+    if len(ratio) + len(true_ratio) > 2:
         return same_ratio(ratio, true_ratio)
-    (formula, unit), (true_formula, true_unit) = without_unit(answer), without_unit(truth)
-    if not same_unit(unit, true_unit) or any(re.search(w, formula) and not re.search(w, true_formula) for w in WORK):
+    (formula, unit), (true_formula, true_unit) = formulas = without_unit(answer), without_unit(truth)
+    undone, truly_undone = (set(WORK.findall(formula.replace(r"\binom", "!"))) for formula, _ in formulas)
+    if undone - truly_undone or not same_unit(unit, true_unit):
         return False
     return not any(map(NO_FORMULA.search, (formula, true_formula))) and formulas_match(formula, true_formula)
 
@@ -354,22 +324,16 @@ def all_same(answers, truths):
     return len(answers) == len(truths) and all(map(same, answers, truths))
 
 
-def masked(text):
-    """A text in which each sign between brackets is a NUL."""
-    depth, outside = 0, ""
-    for sign in text:
-        depth -= sign in ")]}"
-        outside += sign if depth <= 0 else "\0"
-        depth += sign in "([{"
-    return outside
-
-
 def split(text, separator):
     """The parts of a text between separators that are not in brackets."""
-    ends = [found.span() for found in re.finditer(separator, masked(text))]
-    starts = [0, *(end for _, end in ends)]
-    parts = (text[start:end].strip() for start, (end, _) in zip(starts, [*ends, (None, None)]))
-    return [part for part in parts if part]
+    parts, depth = [""], 0
+    for place, part in enumerate(re.split(f"({separator})", text)):
+        if place % 2 and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += part
+            depth += sum((sign in "([{") - (sign in ")]}") for sign in part)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def as_choice(text):
@@ -380,7 +344,8 @@ def as_choice(text):
 
 def as_point(text):
     """The coordinates of `(1, 2)`, or the ends of an interval, or None."""
-    parts = split(text[1:-1], "[,;]") if re.fullmatch(r"[(\[]\0*[)\]]", masked(text)) else []
+    closed = text[0] in "([" and before_closing(text[1:], "([{", ")]}") == text[1:-1]
+    parts = split(text[1:-1], "[,;]") if closed else []
     return parts if len(parts) > 1 else None
 
 
@@ -389,7 +354,7 @@ def as_values(text, truth=""):
     if r"\pm" in text or r"\mp" in text:
         upper, lower = text.replace(r"\pm", "+").replace(r"\mp", "-"), text.replace(r"\pm", "-").replace(r"\mp", "+")
         return as_values(upper) + as_values(lower)
-    if r"\begin" in text or MONTH.search(text) or as_point(text):
+    if r"\begin" in text or MONTH.search(text):
         return [text]
     if as_number(text) and not re.search(r"[^\\][,;] |°,", truth):  # 1,200 is a number, unless the truth is a list
         return [text]
@@ -402,17 +367,13 @@ def same_equation(answer, truth):
     """The last side of an equation is its value, unless the other is another equation, such as `y=7` for `x=7`."""
     sides, true_sides = split(answer, EQUALS), split(truth, EQUALS)
     numbers = [value / (100 if unit == "percent" else 1) for value, unit in filter(None, map(as_number, sides))]
-    digits = len(sides[-1].partition(".")[2]) if r"\approx" in answer else None
-    if re.match(EQUALS, answer) or any(
-        n != numbers[-1] != (n if digits is None else round(n, digits)) for n in numbers
-    ):
+    digits = len(sides[-1].partition(".")[2]) if r"\approx" in answer else 99
+    if re.match(EQUALS, answer) or any(numbers[-1] not in (n, round(n, digits)) for n in numbers):
         return False  # 41=42
     if r"\approx" in answer + truth:
         return any(same(side, true) for side in sides for true in true_sides)
-    if len(true_sides) == 1:
-        return same(value_of(sides), truth)
     if len(sides) == 1:
-        return all(map(is_name, true_sides[:-1])) and same(answer, value_of(true_sides))
+        return all(map(NAME.fullmatch, true_sides[:-1])) and same(answer, value_of(true_sides))
     function, true_function = (re.fullmatch(r"([A-Za-z]\w*) ?\(([a-z])\)", side[0]) for side in (sides, true_sides))
     if function and true_function and function[1] == true_function[1]:
         return same(re.sub(rf"(?<![A-Za-z\\]){function[2]}(?![A-Za-z])", true_function[2], sides[-1]), true_sides[-1])
@@ -423,12 +384,8 @@ def same_equation(answer, truth):
 
 def value_of(sides):
     r"""The value of `x=7`, `13+21=34` or `7=x`."""
-    return sides[0] if re.fullmatch(r"\\?[A-Za-z]+", sides[-1]) and not NAME.fullmatch(sides[0]) else sides[-1]
-
-
-def is_name(side):
-    r"""Whether an equation with this left side tells a value: `x`, `f(2)`, `\angle ABC`, or a calculation."""
-    return NAME.fullmatch(side) is not None or re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", side)) is None
+    first, last = (re.fullmatch(r"\\?[A-Za-z]+", side) for side in (sides[0], sides[-1]))
+    return sides[0] if last and not first else sides[-1]
 
 
 def same_ratio(parts, true_parts):
@@ -440,15 +397,10 @@ def same_ratio(parts, true_parts):
 
 
 def as_words(text):
-    """The words of an answer that is no formula, without articles; a date's in any order. None for a formula."""
+    """The words of an answer that is no formula, without articles; a date's in any order. None of a formula."""
     text = re.sub(r"\\text ?\{([^{}]*)\}", r" \1 ", text).strip()
-    if not re.fullmatch(r"[\w\s,.:'()/!-]+", text) or not re.search(
-        r"[^\W\d_]{3}|[^\x00-\x7f]|^[Nn][Oo]$|^on$|\d [apAP]m$", text
-    ):
-        return None
-    words = [
-        word for word in re.findall(r"\d+|[^\W\d_]+", text.casefold()) if word not in ("a", "an", "the", "th", "st")
-    ]
+    words = re.findall(r"\d+|[^\W\d_]+", text.casefold()) if WORDS.fullmatch(text) else []
+    words = [word for word in words if word not in ("a", "an", "the", "th", "st")]
     return sorted(words) if MONTH.search(text) else words
 
 
@@ -456,40 +408,38 @@ def as_words(text):
 
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\ \d{3})+|\d+)(?:\.\d*)?|\.\d+"
 FRACTION = re.compile(r"\\frac ?\{ ?([^{}]*?) ?\} ?\{ ?([^{}]*?) ?\}")
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
 NUMBER = re.compile(
     rf"""(?P<sign>[+-]?)\ ?(?P<currency>(?:(?:US|HK|A)?[$]|[€£¥₹]|Rs\.?|USD)?)\ ?
     (?:(?P<whole>\d+)\ +(?=\d+\ ?/))?  (?P<top>[+-]?(?:{DECIMAL}))(?:\\overline\{{?(?P<period>\d+)\}}?)?
     (?: e(?P<power>[+-]?\d{{1,3}}) | \ ?[*x]\ ?10\ ?\^\ ?(?P<brace>\{{)?(?P<exponent>[+-]?\d{{1,3}})(?(brace)\}}) )?
     (?:\ ?/\ ?(?P<bottom>[+-]?(?:{DECIMAL})))?
-    (?:\ ?(?:\\text\ ?\{{\ ?)?(?P<scale>hundred|thousand|million|billion|trillion|万|亿)(?![a-z])\ ?\}}?)?
+    (?:\ ?(?:\\text\ ?\{{\ ?)?(?P<scale>{"|".join(SCALES)})(?![a-z])\ ?\}}?)?
     (?P<unit>.*)""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
-POWER = re.compile(r"(-?)(1/)?(?:(\d+)|\( ?(-?\d+) ?(?:/ ?(\d+))? ?\)) ?\^ ?(?:\{ ?([+-]?\d{1,5}) ?\}|(\d))")
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "万": 4, "亿": 8}
+POWER = re.compile(r"(\d+) ?\^ ?(?:\{ ?([+-]?\d{1,5}) ?\}|(\d))")
 UNITS = synonyms("""m meter metre 米 | cm centimeter centimetre 厘米 | mm millimeter millimetre 毫米 | in inch inche ''
-    | km kilometer kilometre 千米 公里 | ft foot feet ' | yd yard | mi mile | km/h kph kmh | mi/h mph | h hour hr 小时 时
+    | km kilometer kilometre 千米 公里 | ft foot feet ' | yd yard | mi mile | km/h kph kmh | mi/h mph | h hour hr 小时
     | min minute 分钟 | s second sec 秒 | g gram 克 | kg kilogram 千克 公斤 | pound lb £ | oz ounce | L liter litre l 升
     | mL milliliter millilitre ml 毫升 | dollar $ usd us$ 美元 | cent ¢ | euro € eur | yuan ¥ rmb 元 块 | rupee ₹ rs
-    | percent % | degree ° deg 度 | celsius °C C | fahrenheit °F F | / per 每""")
-NO_UNIT = re.compile(
-    r"""(?:hundred|thousand|.*illion|dozen|hal[fv]e?|third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|.+teen|.+tie)th
-    |squared|cubed|ten|hundredth|thousandth|score|gros|gross|grand|lakh|crore|double|triple|factorial|pair|couple|permille|mille
-    |or|not|to|plu|minu|than|if|mod|over|choose|something|and|root|base|power|divided|multiplied|about|pi|nan
-    |.*[零一二三四五六七八九十百千万亿半或和成打倍折不].*|(?!of|at|on|by)[a-z]{1,2}|')s?""",
+    | percent % | ² square sq 平方 | ³ cubic cu 立方 | degree ° deg 度 | celsius °C C | fahrenheit °F F | / per 每""")
+NO_UNIT = re.compile(  # 5 dozen, 5 sevenths, 5 plus one, 5成
+    r"""(?:hundred|thousand|.*illion|dozen|hal[fv]e?|third|quarter|(?!mon).*(?:[fhnx]|ur|ie|red|sand|nd)th|.*(?:squar|cub)ed
+    |ten|score|gross?|grand|lakh|crore|double|triple|factorial|pair|couple|.*mille|not|plu|minu|than|mod|over|choose|something
+    |and|root|base|power|divided|multiplied|about|nan|.*[零一二三四五六七八九十百千万亿半或和成打倍折不].*
+    |(?!of|at|on|by)[a-z]{1,2}|')s?""",
     re.VERBOSE,
 )
 
 
 def as_number(answer):
-    r"""(exact Fraction, unit) of `1,234.5`, `-2 1/2`, `\frac13`, `1.5e3`, `2^{10}`, `$7`, `12\%` or `12 apples`, else None."""
+    r"""(exact Fraction, unit) of `1,234.5`, `-2 1/2`, `\frac13`, `1.5e3`, `2^{10}`, `$7` or `12 apples`, else None."""
     answer = FRACTION.sub(r" \1/\2 ", answer).strip()
     answer = re.sub(r"^\((-?[\d./ ]+)\)$|(?<=/)\((-?\d+)\)$", r"\1\2", answer)
     if power := POWER.fullmatch(answer):
-        base = Fraction(int(power[3] or power[4]), int(power[5] or 1) or 1)
-        exponent = int(power[6] or power[7]) * (-1 if power[2] else 1)
-        small = base and abs(exponent) * base.numerator.bit_length() < 10**5
-        return (base**exponent * (-1 if power[1] else 1), "") if small else None
+        base, exponent = int(power[1]), int(power[2] or power[3])
+        return (Fraction(base) ** exponent, "") if base and abs(exponent) * base.bit_length() < 10**5 else None
     if angle := re.fullmatch(r"(\d+)° ?(\d+)'(?: ?(\d+)'')?", answer):
         return sum(Fraction(int(part or 0), 60**place) for place, part in enumerate(angle.groups())), "degree"
     match = NUMBER.fullmatch(answer)
@@ -509,21 +459,21 @@ def as_number(answer):
 def as_unit(text):
     """What a number counts or measures, in one spelling; None if it is anything else, "?m" if it may be a variable."""
     words = re.sub(r"\\text ?\{|[{}.,*]", " ", re.sub("(平方|立方|每)", r" \1 ", text))
-    words = re.sub(r"(?i)\b(?:square|sq|平方)s? +(\w+)|(\w+) squared", r"\1\2^2", words)
-    words = re.sub(r"(?i)\b(?:cubic|cu|立方) +(\w+)|(\w+) cubed|(?<=\w) +(?=\^)", r"\1\2^3", words).replace("^3^", "^")
-    tokens = re.findall(r"[^\W\d_]+\$?(?:\^-?\d)?|/|''|°[CF]?|[%$€£¥₹¢']", words)
-    unit = [one_unit(*token.partition("^")) for token in tokens]
+    words = re.sub(r"([^\W\d_]+) ?(?:\^2|squared)", r"² \1", words)
+    words = re.sub(r"([^\W\d_]+) ?(?:\^3|cubed)", r"³ \1", words)
+    tokens = re.findall(r"[^\W\d_]+\$?|\^-\d|/|''|°[CF]?|[%$€£¥₹¢']", words)
+    unit = [one_unit(token) for token in tokens]
     if None in unit or "".join(tokens) != re.sub(r"\s", "", words):
         return None
-    weak = r"\text" not in text and "/" not in tokens and tokens and re.fullmatch(r"[A-Za-z](?:\^.*)?|''?", tokens[0])
-    return ("?" if weak else "") + re.sub(r" ?/ ?", "/", " ".join(unit))
+    weak = r"\text" not in text and re.fullmatch(r"[²³]?\s*[A-Za-z]|''?", words.strip())
+    return ("?" if weak else "") + re.sub(r"(?<=[²³/]) | (?=/)", "", " ".join(unit))
 
 
-def one_unit(name, sign, power):
-    """`feet`, `^`, `2` → `ft^2`"""
+def one_unit(name):
+    """`Feet` → `ft`"""
     word = name.lower().removesuffix("s")
     known = name if name in UNITS.values() else UNITS.get(name) or UNITS.get(name.lower()) or UNITS.get(word)
-    return None if not known and NO_UNIT.fullmatch(name.lower()) else (known or word) + sign + power
+    return known or (None if NO_UNIT.fullmatch(name.lower()) else word)
 
 
 def same_unit(unit, true_unit):
@@ -558,8 +508,8 @@ def without_unit(formula):
 
 # ---- Formulas -------------------------------------------------------------------------------------------------------
 # Algebra can take for ever, and what is compared here was written by a model. Nothing in Python stops it when its time
-# is up, so it is done in another process, which forks for each comparison: the child begins warm, knows nothing of
-# former ones, and is killed by the kernel when its CPU time is over, however busy the machine is.
+# is up, so it is done in another process, whose child the kernel kills when its CPU time is over, however busy the
+# machine is; the next child begins warm.
 
 CPU_LIMIT = 0.8  # seconds for a comparison, which takes about 0.02
 CLOCK_LIMIT = 60  # seconds; for what waits instead of computing, and for all on Windows, which cannot fork
@@ -613,24 +563,21 @@ def work():
     except ImportError as error:
         return print(error, flush=True)
     print("ready", flush=True)
+    while hasattr(os, "fork") and (child := os.fork()):
+        if os.waitpid(child, 0)[1] != signal.SIGPROF:
+            return  # it broke, or nobody asks any more
+        print(flush=True)
+    set_timer = functools.partial(signal.setitimer, signal.ITIMER_PROF) if hasattr(signal, "setitimer") else abs
     for line in sys.stdin:
-        if not hasattr(os, "fork"):
-            faulthandler.dump_traceback_later(CLOCK_LIMIT, exit=True)
-        elif child := os.fork():
-            if os.waitpid(child, 0)[1]:
-                print(flush=True)
-            continue
-        else:
-            signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
-            signal.alarm(CLOCK_LIMIT)
+        faulthandler.dump_traceback_later(CLOCK_LIMIT, exit=True)
+        set_timer(CPU_LIMIT)
         try:
             verdict = bool(equal(*json.loads(line)))
         except BaseException:  # whatever a library makes of it
             verdict = False
-        print(verdict, flush=True)
-        if hasattr(os, "fork"):
-            os._exit(0)
+        set_timer(0)
         faulthandler.cancel_dump_traceback_later()
+        print(verdict, flush=True)
 
 
 def equal(formula, true_formula):
@@ -646,7 +593,7 @@ def equal(formula, true_formula):
         one, other = (x.as_set() if isinstance(x, Boolean) and len(x.free_symbols) == 1 else x for x in (one, other))
     grader.sympy_numeric_eq = lambda one, other, *digits: False
     grader.sympy_symbolic_eq = lambda one, other: is_zero(one - other)
-    return grader.verify(other, one, allow_set_relation_comp=True, timeout_seconds=None)
+    return grader.verify(other, one, timeout_seconds=None)
 
 
 def to_sympy(formula):
@@ -665,32 +612,21 @@ def to_sympy(formula):
     exact = ConversionConfig(lowercase_symbols=False)
     options = dict(is_real=True, convert_degrees=False, normalization_config=None, conversion_config=exact)
     tree = latex2sympy(normalize_latex(formula, layout), **options).doit()
-    if isinstance(tree, sympy.MatrixBase):
-        return tree
     i, e = sympy.symbols("i e", real=True)
-    tree = tree.subs({i: sympy.I, e: sympy.E})
-    if isinstance(tree, sympy.Expr):  # odd roots of negative numbers are real
-        roots = [
-            x for x in tree.atoms(sympy.Pow) if x.base.is_negative and x.exp.is_Rational and x.exp.q % 2 and x.exp.q > 1
-        ]
-        tree = tree.subs({x: (-1) ** x.exp.p * (-x.base) ** x.exp for x in roots})
-    return tree
+    return tree.subs({i: sympy.I, e: sympy.E}).replace(
+        lambda x: x.is_Pow and x.base.is_negative and x.exp.is_Rational and x.exp.q % 2 and x.exp.q > 1,
+        lambda x: (-1) ** x.exp.p * (-x.base) ** x.exp,  # odd roots of negative numbers are real
+    )
 
 
 def is_zero(difference):
     """Whether it is 0 for all variables or, where no absolute value is taken, for positive ones."""
     import sympy
 
-    if isinstance(difference, (sympy.MatrixBase, sympy.MatrixExpr)):
-        return all(map(is_zero, sympy.Matrix(difference)))
     difference = sympy.simplify(difference)
     if difference.is_number:
         return difference == 0 or bool(difference.equals(0))
-    if difference.has(sympy.Abs):
-        return False
-    return (
-        sympy.simplify(difference.subs({x: sympy.Symbol(x.name, positive=True) for x in difference.free_symbols})) == 0
-    )
+    return not difference.has(sympy.Abs) and sympy.simplify(sympy.posify(difference)[0]) == 0
 
 
 if __name__ == "__main__":
