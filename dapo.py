@@ -37,6 +37,7 @@ import difflib
 import functools
 import glob
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -58,8 +59,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
-import pyarrow.parquet  # before torch, for Windows
+import pyarrow.dataset  # before torch, for Windows
 import torch
 import transformers
 from filelock import FileLock, Timeout
@@ -468,10 +470,8 @@ def score(model, batch):
 
 
 def log_softmax_at(targets, model, output, hidden):
-    """(N,) token ids and (N, H) hidden states → log-probabilities of the tokens, and entropies, (N,) each.
-
-    Logits, (N, V), would be by far the largest tensor. They are computed in chunks, and again for the backward pass.
-    """
+    """(N,) token ids and (N, H) hidden states → log-probabilities of the tokens, and entropies, (N,) each. The logits,
+    (N, V), would be by far the largest tensor. They are computed in chunks, and again for the backward pass."""
 
     def chunk(targets, hidden):
         log_softmax = head_logits(model, output, hidden).float().div(TEMPERATURE).log_softmax(-1)
@@ -480,7 +480,8 @@ def log_softmax_at(targets, model, output, hidden):
             return log_probs, -(log_softmax.exp() * log_softmax).sum(-1)
 
     size = max(1, LOGITS_CHUNK // model.config.get_text_config().vocab_size)
-    parts = [recomputed(chunk, *part) for part in zip(targets.split(size), hidden.split(size))]
+    parts = zip(targets.split(size), hidden.split(size))
+    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -493,10 +494,6 @@ def head_logits(model, output, hidden):
         logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     del decoder.forward
     return logits
-
-
-# Calls a function, and again in the backward pass, instead of keeping what that needs. Nothing here is random.
-recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def autocast(model):
@@ -520,25 +517,16 @@ def set_seed(*words):
 
 # ---- Model and data -------------------------------------------------------------------------------------------------
 
+# Chat templates may tell the date, but what a run reads must not depend on the day.
+transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 1))
+transformers.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in one line
     logging.getLogger(library).setLevel(logging.CRITICAL)
-
-
-class OneDay(datetime):
-    """For chat templates that tell the date: what a run reads must not depend on the day."""
-
-    @classmethod
-    def now(cls, zone=None):
-        return cls(2026, 1, 1)
-
-
-transformers.utils.chat_template_utils.datetime = OneDay
 
 
 def load_model(path):
     """The model in a folder or on the Hub, with fp32 weights, and its tokenizer."""
     path, options = saved_model(path), {"trust_remote_code": TRUST_REMOTE_CODE}
-    transformers.logging.disable_progress_bar()
     with explained(f"MODEL={path} is neither a model's folder nor its name on the Hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         whole = transformers.AutoConfig.from_pretrained(path, **options)
@@ -547,35 +535,32 @@ def load_model(path):
             fail(f"MODEL={path} is quantized, and AdamW cannot train that: take the model that it was made from")
         for part in (whole, config):
             part.return_dict = True
-            if getattr(part, "output_router_logits", False):
+            if hasattr(part, "output_router_logits"):
                 part.output_router_logits = False
         options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
         model, report = transformers.AutoModelForCausalLM.from_pretrained(path, config=whole, **options)
     size, positions = config.vocab_size, getattr(config, "max_position_embeddings", None) or math.inf
-    needed = MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH
-    finite = all(weights.isfinite().all() for weights in model.parameters())
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    layers = [layer for layer in model.modules() if isinstance(layer, kind)] if GRADIENT_CHECKPOINTING else []
-    for wrong, problem in (
-        (report["missing_keys"], f"has no weights for {', '.join(sorted(report['missing_keys']))}"),
-        (not finite, "has weights that are not finite"),
-        (tokenizer.eos_token_id is None, "has a tokenizer that names no end token (eos_token): no response could end"),
-        ((tokenizer.eos_token_id or 0) >= size, f"has {size} tokens, and the end token is not one of them"),
-        (needed > positions, f"has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}"),
-        (GRADIENT_CHECKPOINTING and not layers, "has no layers that are made for GRADIENT_CHECKPOINTING=True"),
-    ):
-        if wrong:
-            fail(f"MODEL={path} {problem}")
+    if report["missing_keys"]:
+        fail(f"MODEL={path} has no weights for {', '.join(sorted(report['missing_keys']))}")
+    if not all(weights.isfinite().all() for weights in model.parameters()):
+        fail(f"MODEL={path} has weights that are not finite")
+    if tokenizer.eos_token_id not in range(size):
+        fail(f"MODEL={path} has a tokenizer that names no end token (eos_token) among its {size} tokens")
+    if (needed := MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH) > positions:
+        fail(f"MODEL={path} has {positions} positions, MAX_PROMPT_LENGTH + MAX_RESPONSE_LENGTH are {needed}")
+    if GRADIENT_CHECKPOINTING:  # transformers' own needs train(), and turns the cache off
+        kind = transformers.modeling_layers.GradientCheckpointingLayer
+        layers = [layer for layer in model.modules() if isinstance(layer, kind)]
+        for layer in layers or fail(f"MODEL={path} has no layers that are made for GRADIENT_CHECKPOINTING=True"):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     # Of its own generation_config only the end tokens count: its top_k or repetition_penalty would make the
     # distribution that we sample another one than the one that we score. The saved model gets it back.
     own = model.own_generation_config = model.generation_config
     ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({tokenizer.eos_token_id, *ends} - {None})
-    pad = tokenizer.pad_token_id if (tokenizer.pad_token_id or size) < size else ends[0]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id in range(size) else ends[0]
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     model._optimize_model_for_decode = contextlib.nullcontext  # it would gather the expert weights of every token
-    for layer in layers:  # transformers' own checkpointing needs train(), and turns the cache off
-        layer.forward = functools.partial(recomputed, layer.forward)
     # Never train(): with dropout, the policy that we score would not be the one that we sample.
     return model.to(DEVICE or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval(), tokenizer
 
@@ -589,6 +574,118 @@ def saved_model(path):
     return str(found[-1]) if found else fail(f"MODEL={path}: the run in {path} has not saved a model yet")
 
 
+def load_questions(sources, tokenizer):
+    """The questions of all data sets in `sources`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control, questions, left_out = added | set(tokenizer.all_special_tokens), [], Counter()
+    for source in sources:
+        for messages, answer in load_rows(source):
+            with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
+                text, ids = read_prompt(tokenizer, messages)
+            if not ids:
+                fail(f"MODEL={MODEL} has a tokenizer or a chat template that makes no tokens of a question")
+            if any(token in str(messages) for token in control):
+                left_out[f"hold text that is a control token, such as {tokenizer.eos_token}"] += 1
+            elif len(ids) > MAX_PROMPT_LENGTH:
+                left_out["are over MAX_PROMPT_LENGTH"] += 1
+            else:
+                asked = messages[-1]["content"], answer, source["path"]
+                questions.append(Question(*asked, torch.tensor(ids), prompt_end=text[-40:]))
+    count = len(questions) + left_out.total()
+    for reason, number in left_out.items():
+        say(f"{number} of {count} questions {reason}: left out")
+    return questions or fail(f"MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH}: none of {count} questions is that short")
+
+
+def load_rows(source):
+    """[(chat messages, answer), ...] of a data set, an entry of TRAIN_DATASETS, without rows that lack either, and
+    without repeated questions: DAPO-Math-17k has each a hundred times."""
+    found, number, row = {}, 0, {}
+    with explained(f"{source} cannot be read; a data set has path, type (parquet, json, csv, hub), input, and output"):
+        for number, row in enumerate(read_rows(**source), 1):
+            messages, answer = chat_messages(value_at(row, source["input"])), value_at(row, source["output"])
+            text = value_at(messages[-1], "content")
+            if messages[-1]["role"] != "user" or {list, dict, bytes} & {type(text), type(answer)} or None in row:
+                raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
+            if text is not None and answer is not None:
+                messages[-1]["content"] = str(text)
+                found.setdefault(str(messages), (messages, str(answer)))
+    if not found:
+        fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
+    if len(found) < number:
+        say(f"{number - len(found)} of {number} rows of {source['path']} repeat a question or lack one, or an answer")
+    return list(found.values())
+
+
+def read_rows(path, type, input, output, split=None, name=None):
+    """Yields the rows of a data set as dictionaries, with values as the file has them; `split` selects some of them."""
+    if type == "hub" or split:
+        import datasets
+    if type == "hub":
+        table = datasets.load_dataset(path, name, split=split or "train").with_format("arrow")[:]
+        yield from arrow_rows(pyarrow.dataset.dataset(table), input, output)
+        return
+    if split:
+        rows = list(read_rows(path, type, input, output))
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)}):
+            yield from rows[part.from_ : part.to]
+        return
+    for file in [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]:
+        if type == "parquet":
+            yield from arrow_rows(pyarrow.dataset.dataset(file), input, output)
+            continue
+        text, parse = Path(file).read_bytes().decode("utf-8-sig"), functools.partial(json.loads, parse_float=str)
+        if type == "csv":
+            yield from csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        elif text.lstrip().startswith("["):
+            yield from parse(text)  # 2.50 stays 2.50
+        else:
+            yield from map(parse, filter(str.strip, text.split("\n")))
+
+
+def arrow_rows(table, *paths):
+    """Yields the rows of an Arrow data set. Text may be bytes there, and Python prints float32 0.1 as 0.1000000015."""
+    as_text = pyarrow.float32(), pyarrow.binary(), pyarrow.large_binary()
+    names = table.schema.names
+    fields = {path: pyarrow.dataset.field(path if path in names else tuple(path.split("."))) for path in paths}
+    for batch in table.to_batches(columns=fields):
+        columns = [column.cast(pyarrow.string()) if column.type in as_text else column for column in batch.columns]
+        yield from pyarrow.table(columns, batch.schema.names).to_pylist()
+
+
+def value_at(row, name):
+    """row["a.b"], else row["a"]["b"]; None if this row has no such value, or a blank one."""
+    path = [name] if name in row else name.split(".")
+    value = functools.reduce(lambda part, key: part.get(key) if isinstance(part, dict) else None, path, row)
+    return None if value == [] or value != value or not str(value).strip() else value  # only NaN is not itself
+
+
+def chat_messages(question):
+    """A question as chat messages, which it may be already, also as JSON text."""
+    if isinstance(question, str) and question.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError):
+            messages = json.loads(question)
+            question = messages if "role" in messages[-1] else question
+    return question if isinstance(question, list) else [{"role": "user", "content": question}]
+
+
+def read_prompt(tokenizer, messages):
+    """Chat messages → what the model reads, as text and as token ids: without a chat template, the last message."""
+    text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
+    if not tokenizer.chat_template:
+        ids = tokenizer(text)["input_ids"]
+        return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
+    messages = [*messages[:-1], messages[-1] | {"content": text}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
+
+
+TEMPLATES = {
+    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "answer": "{question}\nPlease reason step by step, and write your final answer in the last line, after 'Answer:'.",
+}
+
+
 def check(model, questions, held_out):
     """Refuses, before a run begins, what could not be trained."""
     if len(questions) < BATCH_SIZE:
@@ -596,12 +693,33 @@ def check(model, questions, held_out):
     size, largest = model.config.get_text_config().vocab_size, max(q.prompt.max() for q in questions + held_out)
     if largest >= size:
         fail(f"MODEL={MODEL} has {size} tokens, and its tokenizer makes token {largest} of a question")
-    prompts = sorted((question.prompt for question in held_out), key=len)[:: max(1, len(held_out) - 1)][:2]
+    prompts = sorted((question.prompt for question in held_out), key=len)
+    prompts = [prompts[0], prompts[-1]]
     with explained(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here"):
         for prompt, tokens in zip(prompts, sample_tokens(model, prompts, greedy=True, limit=2 * DECODE_STAGE)):
             sampling_gap(model, prompt, tokens)
     if shared := len({question.text for question in questions} & {question.text for question in held_out}):
         say(f"{shared} of {len(held_out)} questions of EVAL_DATASETS are also trained on")
+
+
+@torch.no_grad()
+def sampling_gap(model, prompt, tokens):
+    """Nats per token by which a greedy response differs from a plain forward pass. In that, its tokens have to be the
+    likeliest, else the cache is at fault, and have the log-probabilities that token_log_probs gives, else the head. If
+    not, the model is refused. The shortest prompt is asked with the most padding, the longest without."""
+    tokens = tokens[:64]
+    with autocast(model):
+        logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
+    plain = logits[0, len(prompt) - 1 : -1].float().div(TEMPERATURE).log_softmax(-1)  # (T, V)
+    chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
+    scored = token_log_probs(model, [prompt], [tokens])[0][0]
+    gaps = TEMPERATURE * torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()])  # (2, T)
+    if not gaps.isfinite().all():
+        fail(f"MODEL={MODEL}: its probabilities are not finite: {ADVICE}")
+    fits = gaps.mean(1).max() < 0.5 if logits.dtype == torch.bfloat16 else gaps.max() < 0.05  # rounding makes far less
+    if not fits:
+        fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
+    return gaps.mean(1).max().item()
 
 
 def question_stream(questions, run):
@@ -619,138 +737,6 @@ def question_stream(questions, run):
                 question.rests -= 1
             else:
                 yield question
-
-
-def load_questions(sources, tokenizer):
-    """The questions of all data sets in `sources`, a list in the form of TRAIN_DATASETS, without the overlong ones."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    control = re.compile("|".join(map(re.escape, special | set(tokenizer.all_special_tokens))))
-    questions, unsafe = [], 0
-    for source in sources:
-        for messages, answer in load_rows(source):
-            if control.search(str(messages)):
-                unsafe += 1
-                continue
-            with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
-                text, ids = read_prompt(tokenizer, messages)
-            asked = {"text": messages[-1]["content"], "answer": answer, "source": source["path"]}
-            questions.append(Question(**asked, prompt=torch.tensor(ids, dtype=torch.long), prompt_end=text[-40:]))
-    if unsafe:
-        say(f"{unsafe} questions hold text that is a control token, such as {tokenizer.eos_token}: left out")
-    if not all(len(question.prompt) for question in questions):
-        fail(f"MODEL={MODEL} has a tokenizer or a chat template that makes no tokens of a question")
-    short = [question for question in questions if len(question.prompt) <= MAX_PROMPT_LENGTH]
-    if len(short) < len(questions):
-        say(f"{len(questions) - len(short)} of {len(questions)} questions are over MAX_PROMPT_LENGTH: left out")
-    return short or fail(f"MAX_PROMPT_LENGTH={MAX_PROMPT_LENGTH}: none of {len(questions)} questions is that short")
-
-
-def read_prompt(tokenizer, messages):
-    """Chat messages → what the model reads, as text and as token ids: without a chat template, the last message."""
-    text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
-    if tokenizer.chat_template:
-        messages = [*messages[:-1], messages[-1] | {"content": text}]
-        options = {"tokenize": False, "add_generation_prompt": True}
-        text = tokenizer.apply_chat_template(messages, **options)
-        return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text)["input_ids"]
-    return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
-
-
-TEMPLATES = {
-    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
-    "answer": "{question}\nPlease reason step by step, and write your final answer in the last line, after 'Answer:'.",
-}
-
-
-def load_rows(source):
-    """[(chat messages, answer), ...] of a data set, an entry of TRAIN_DATASETS, without rows that lack either, and
-    without repeated questions: DAPO-Math-17k has each a hundred times."""
-    found, number, row = {}, 0, {}
-    with explained(f"{source} cannot be read; a data set has path, type (parquet, json, csv, hub), input, and output"):
-        for number, row in enumerate(read_rows(**source), 1):
-            question, answer = value_at(row, source["input"]), value_at(row, source["output"])
-            messages = chat_messages(question)
-            text = value_at(messages[-1], "content")
-            if messages[-1]["role"] != "user" or {list, dict} & {type(text), type(answer)} or None in row:
-                raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
-            if text is not None and answer is not None:
-                messages[-1]["content"] = str(text)
-                found.setdefault(str(messages), (messages, str(answer)))
-    if not found:
-        fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
-    if len(found) < number:
-        say(f"{number - len(found)} of {number} rows of {source['path']} repeat a question or lack one, or an answer")
-    return list(found.values())
-
-
-def chat_messages(question):
-    """A question as chat messages, which it may be already, also as JSON text."""
-    if isinstance(question, str) and question.lstrip().startswith("[{"):
-        with contextlib.suppress(ValueError):
-            messages = json.loads(question)
-            question = messages if "role" in messages[-1] else question
-    return question if isinstance(question, list) else [{"role": "user", "content": question}]
-
-
-def read_rows(path, type, input, output, split=None, name=None):
-    """Yields the rows of a data set as dictionaries, with values as the file has them; `split` selects some of them."""
-    if type == "hub" or split:
-        import datasets
-    if type == "hub":
-        rows = datasets.load_dataset(path, name, split=split or "train")
-        rows = rows.select_columns(columns_of(rows.column_names, input, output))
-        yield from rows_of(rows.with_format("arrow").iter(1000))
-        return
-    if split:
-        rows = list(read_rows(path, type, input, output))
-        for part in datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)}):
-            yield from rows[part.from_ : part.to]
-        return
-    for file in [path] if os.path.exists(path) else sorted(glob.glob(path)) or [path]:
-        if type == "parquet":
-            table = pyarrow.parquet.ParquetFile(file)
-            yield from rows_of(table.iter_batches(columns=columns_of(table.schema_arrow.names, input, output)))
-            continue
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            if type == "csv":
-                yield from csv.DictReader(lines, strict=True)
-                continue
-            text, parse = lines.read(), functools.partial(json.loads, parse_float=str)  # 2.50 stays 2.50
-            is_array = text.lstrip().startswith("[")
-            yield from parse(text) if is_array else map(parse, filter(str.strip, text.split("\n")))
-
-
-def columns_of(names, *wanted):
-    """The columns that hold the wanted values."""
-    found = {path: [name for name in names if f"{path}.".startswith(f"{name}.")] for path in wanted}
-    for path, columns in found.items():
-        if not columns:
-            raise ValueError(f"it has no {path}; its columns: {', '.join(names)}")
-    return [*dict.fromkeys(itertools.chain(*found.values()))]
-
-
-def rows_of(tables):
-    """Yields the rows of Arrow tables."""
-    for table in tables:
-        schema = pyarrow.schema([field.with_type(readable(field.type)) for field in table.schema])
-        yield from pyarrow.Table.from_arrays(table.columns, schema=table.schema).cast(schema).to_pylist()
-
-
-def readable(kind):
-    """An Arrow type, but text for bytes, and for float32, which Python would print as 0.10000000149011612."""
-    if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([field.with_type(readable(field.type)) for field in kind])
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(readable(kind.value_type))
-    return pyarrow.string() if kind in (pyarrow.float32(), pyarrow.binary(), pyarrow.large_binary()) else kind
-
-
-def value_at(row, name):
-    """row["a.b"], else row["a"]["b"]; None if this row has no such value, or a blank one."""
-    path = [name] if name in row else name.split(".")
-    value = functools.reduce(lambda part, key: part.get(key) if isinstance(part, dict) else None, path, row)
-    return None if value == [] or value != value or not str(value).strip() else value  # only NaN is not itself
 
 
 def judge(questions, texts):
@@ -771,10 +757,8 @@ def judge(questions, texts):
             given = (REWARD(**dict(zip(columns, row))) for row in zip(*columns.values()))
         for verdict in given:
             verdicts.append(read_verdict(verdict))
-        if len(verdicts) != len(texts):
-            raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses")
-        if not any(verdicts):
-            raise ValueError(f"no verdict on any of {len(texts)} responses")
+        if len(verdicts) != len(texts) or not any(verdicts):
+            raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses, or none but None")
     except Exception as error:
         number = min(len(verdicts), len(texts) - 1)
         about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"
@@ -827,19 +811,17 @@ ADVICE = "lower LEARNING_RATE, or look for what is not finite in MODEL, the data
 def open_run(model, tokenizer, optimizer, questions, held_out):
     """A Run in OUTPUT_DIR, begun, or resumed with the model, the optimizer, and the questions as they were."""
     run = Run(model, tokenizer, optimizer, questions, held_out)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(run.folder.with_name(f".{run.folder.name}.lock"), timeout=0), contextlib.ExitStack() as opened:
         run.resume()
         run.folder.mkdir(exist_ok=True)
         run.db = opened.enter_context(contextlib.closing(sqlite3.connect(run.folder / "run.db")))
         run.db.executescript(TABLES.format(step=run.step))
         then = dict(run.db.execute("SELECT name, value FROM constants ORDER BY step"))
-        new = sorted(run.facts.items() - then.items())
+        new = [(run.step, name, value) for name, value in run.facts.items() if then.get(name) != value]
         with run.db:
-            run.db.executemany("INSERT OR REPLACE INTO constants VALUES (?, ?, ?)", [(run.step, *fact) for fact in new])
-        for name, _ in new if then else ():
-            if name.startswith("source of"):
-                say(f"the {name} was edited since the run's last start, which run.db records")
+            run.db.executemany("INSERT OR REPLACE INTO constants VALUES (?, ?, ?)", new)
+        if then and new:
+            say(f"changed since the last start, and recorded in run.db: {', '.join(name for _, name, _ in new)}")
         run.bar = opened.enter_context(tqdm(initial=run.step, total=NUM_STEPS, unit="step", disable=None))
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no HUP
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -862,7 +844,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer, self.questions = model, tokenizer, optimizer, questions
         self.folder, self.step, self.drawn = Path(OUTPUT_DIR).absolute(), 0, 0  # questions drawn from the stream
         self.checkpoints = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-        self.db, self.signal, self.start = None, None, time.time()
+        self.signal, self.start = None, time.time()
         self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, or grpo.py
         files = {Path(__file__), Path(inspect.getfile(overlong_penalty)), Path(inspect.getfile(REWARD)), self.script}
         self.sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
@@ -872,46 +854,38 @@ class Run:
             self.constants[name] = str(zlib.crc32(text.encode()))
         some = [weights.detach().flatten()[::101].cpu().numpy().tobytes() for weights in model.parameters()]
         self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
-        versions = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-        self.facts = self.constants | versions | {"device": str(model.device)}  # for run.db
-        self.facts |= {f"source of {name}": text for name, text in self.sources.items()}
+        self.facts = self.constants | {f"source of {name}": text for name, text in self.sources.items()}  # for run.db
+        self.facts |= {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
+        self.facts["device"] = str(model.device)
 
     def resume(self):
         """Resumes the run in the folder if it is this one and has not finished. Renames any other."""
-        recorded, now = self.recorded_steps(), self.constants
-        path = next((path for path in self.checkpoints if path.exists()), None)
-        if self.folder.exists() and recorded is None and not path:
-            for place in self.folder.iterdir():
-                if not place.name.startswith("."):
-                    fail(f"OUTPUT_DIR={OUTPUT_DIR} holds {place.name} and no run: give this run a folder of its own")
-        reason = "it has no checkpoint" if RESUME else "RESUME is False"
-        if RESUME and path:
-            with explained(f"{path} cannot be read; remove it to resume from checkpoint.previous.pt, if there is one"):
-                state = self.read_checkpoint(path)
-                then, self.step, self.drawn = state["constants"], state["step"], state["drawn"]
-                changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
-                if not changed and not (state["finished"] and self.is_over()):
-                    if self.step > NUM_STEPS if NUM_STEPS else self.drawn > NUM_EPOCHS * len(self.questions):
-                        length = f"NUM_STEPS={NUM_STEPS}, NUM_EPOCHS={NUM_EPOCHS}"
-                        fail(f"{length}: the run in OUTPUT_DIR={OUTPUT_DIR} is past that, at step {self.step}")
-                    self.restore(state)
-                    say(f"resuming the run in {OUTPUT_DIR} after step {self.step}")
-                    if self.step > (recorded or 0):
-                        say(f"{self.folder / 'run.db'} was lost, or is another run's: it lacks steps before that")
-                    return
-            reason = "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed) or "it has finished"
-            self.step, self.drawn = 0, 0
+        path, recorded = next(filter(Path.exists, self.checkpoints), None), self.recorded_steps()
+        reason = "it has no checkpoint"
+        if recorded is None and not (path and RESUME):
+            if others := sorted(self.folder.glob("[!.]*")):
+                fail(f"OUTPUT_DIR={OUTPUT_DIR} holds {others[0].name} and no run: give this run a folder of its own")
+            return
+        if not RESUME:
+            reason = "RESUME is False"
+        elif path:
+            with explained(f"{path} cannot be read; move it to resume from checkpoint.previous.pt, if there is one"):
+                reason = self.restore(path)
+            if not reason:
+                say(f"resuming the run in {OUTPUT_DIR} after step {self.step}")
+                if self.step > (recorded or 0):
+                    say(f"{self.folder / 'run.db'} was lost, or is another run's: it lacks steps before that")
+                return
         for place in (MODEL, *(source["path"] for source in TRAIN_DATASETS + EVAL_DATASETS)):
-            if os.path.exists(place) and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(self.folder)):
+            if os.path.exists(place) and Path(place).resolve().is_relative_to(self.folder.resolve()):
                 fail(f"{place} lies in OUTPUT_DIR={OUTPUT_DIR}: give this run a folder of its own")
-        if path or recorded is not None:
-            aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
-            self.folder.rename(aside)
-            say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
-                f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
+        aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
+        self.folder.rename(aside)
+        say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
+            f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
 
     def recorded_steps(self):
-        """How many steps run.db records; None where it is not a run's, or not there."""
+        """How many steps run.db records, 0 if it was just begun; None where it is not there, or another program's."""
         if not (self.folder / "run.db").exists():
             return None
         with contextlib.closing(sqlite3.connect(self.folder / "run.db")) as db:
@@ -920,13 +894,21 @@ class Run:
                 return db.execute("SELECT max(step) FROM metrics").fetchone()[0] or 0
         return None if tables else 0
 
-    def read_checkpoint(self, path):
-        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not look at the checksums that torch.save writes
-        if damaged:
+    def restore(self, path):
+        """Puts everything back as it was at a checkpoint. Returns why not if it is another run's, or its run's end."""
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums that it holds
             raise ValueError(f"{damaged} in it is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
-
-    def restore(self, state):
+        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code that a file may hold
+        then, now = state["constants"], self.constants
+        changed = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
+        if changed:
+            return "; ".join(f"{name} was {then[name]}, is now {now[name]}" for name in changed)
+        left = self.left(state["step"], state["drawn"])
+        if state["finished"] and left <= 0:
+            return "it has finished"
+        if left < 0:
+            fail(f"the run in OUTPUT_DIR={OUTPUT_DIR} is at step {state['step']}, past {NUM_STEPS=}, {NUM_EPOCHS=}")
+        self.step, self.drawn = state["step"], state["drawn"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for weights, moments in self.optimizer.state.items():
@@ -936,27 +918,27 @@ class Run:
         for question, rests in zip(self.questions, state["rests"]):
             question.rests = rests
 
-    def stop(self, number, frame):
-        """What Ctrl-C, SIGTERM, and SIGHUP do."""
-        self.signal = number
-        for again in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(again, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be lost
-            os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
+    def left(self, step, drawn):
+        """How many steps, or questions to draw, are left."""
+        return NUM_STEPS - step if NUM_STEPS else NUM_EPOCHS * len(self.questions) - drawn
 
     def is_over(self):
-        if self.db and self.latest("groups_trained", 3) == [0, 0, 0]:
+        if self.latest("groups_trained", 3) == [0, 0, 0]:
             say("in 3 steps in a row, every group was all right or all wrong: nothing is left to learn from")
             return True
-        return self.step >= NUM_STEPS if NUM_STEPS else self.drawn >= NUM_EPOCHS * len(self.questions)
+        return self.left(self.step, self.drawn) <= 0
+
+    def latest(self, name, count):
+        """The last `count` values of a metric."""
+        query = "SELECT value FROM metrics WHERE name = ? ORDER BY step DESC LIMIT ?"
+        return [value for (value,) in self.db.execute(query, [name, count])]
 
     def save_if_due(self, last=False):
         """Called between two steps: saves what is due, and ends the program if a signal has asked for that."""
-        step = self.step
+        step, lost = self.step, self.recorded_steps() is None
         self.position = {"step": step, "drawn": self.drawn, "rests": [question.rests for question in self.questions]}
-        if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():
+        if not torch.stack([weights.isfinite().all() for weights in self.model.parameters()]).all():  # asks a GPU once
             fail(f"after step {step} there are weights that are not finite: {ADVICE}")
-        lost = self.db and self.recorded_steps() is None
         if self.folder.exists() and (last or self.signal or lost or step % CHECKPOINT_EVERY == 0):
             self.save_checkpoint()
         if lost:
@@ -968,7 +950,7 @@ class Run:
             self.save_model(f"step_{step}")
 
     def save_checkpoint(self, finished=False):
-        if not finished and any(self.latest("skipped_updates", 1)):  # the last checkpoint is from before the trouble
+        if any(self.latest("skipped_updates", 1)) and not finished:  # the last checkpoint is from before the trouble
             return
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "finished": finished}
         path, previous = self.checkpoints
@@ -994,23 +976,14 @@ class Run:
                 (unfinished / file).write_text(text, encoding="utf-8")
         say(f"the model is saved in {OUTPUT_DIR}/{name}")
 
-    def finish(self):
-        self.save_model(f"step_{self.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
-        self.save_checkpoint(finished=True)
-
-    def latest(self, name, count):
-        """The last `count` values of a metric."""
-        query = "SELECT value FROM metrics WHERE name = ? ORDER BY step DESC LIMIT ?"
-        return [value for (value,) in self.db.execute(query, [name, count])]
-
     def record(self, metrics, groups=()):
         """Records one step, or one evaluation, in run.db and on the screen."""
         step, rows = self.step, []
         for r in itertools.chain(*groups):
             judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
             rows.append((step, r.question.text, r.question.answer, r.text, *judged))
+        measured = [(step, *item) for item in metrics.items()]
         with self.db:  # all or nothing
-            measured = [(step, *item) for item in metrics.items()]
             self.db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", measured)
             self.db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
@@ -1020,14 +993,27 @@ class Run:
             say(f"step {step}: {shown}  ({time.time() - self.start:.0f} s)")
         if not groups:
             draw_metrics(self.folder)
-        if groups and step == 1:
+            return
+        if step == 1:
             diagnose(metrics, groups)
-        if groups and metrics["groups_trained"] < BATCH_SIZE:
+        if metrics["groups_trained"] < BATCH_SIZE:
             say(f"step {step}: trains on {metrics['groups_trained']} groups instead of {BATCH_SIZE}")
         if metrics.get("skipped_updates"):
             say(f"step {step}: {metrics['skipped_updates']} updates were skipped, their gradients are not finite")
-            if [value > 0 for value in self.latest("skipped_updates", 3)] == [True] * 3:
+            if sum(map(bool, self.latest("skipped_updates", 3))) == 3:
                 fail(f"3 steps in a row had gradients that are not finite: {ADVICE}")
+
+    def finish(self):
+        self.save_model(f"step_{self.step}" if NUM_STEPS else f"epoch_{NUM_EPOCHS}")
+        self.save_checkpoint(finished=True)
+
+    def stop(self, number, frame):
+        """What Ctrl-C, SIGTERM, and SIGHUP do."""
+        self.signal = number
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # the terminal may be lost
+            os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
 
 
 @contextlib.contextmanager
@@ -1066,20 +1052,35 @@ PANELS = """accuracy response_length reward groups dynamic_resample_rate truncat
 clip_fraction grad_norm time""".split()
 
 
+def evaluate(model, tokenizer, questions):
+    """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
+    set_seed("evaluation")
+    greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
+    greedy.sort(key=lambda response: len(response.question.prompt))
+    shortest, longest = greedy[0], greedy[-1]
+    metrics = {
+        "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
+        "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
+        "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
+        "sampling_gap": max(sampling_gap(model, r.question.prompt, r.tokens) for r in (shortest, longest)),
+    }
+    if EVAL_SAMPLES > 1:
+        sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
+        metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
+    verdict = "right" if longest.accuracy else "wrong"
+    say(f"  {shorten(longest.question.text)}\n    -> {shorten(longest.text)}  ({verdict})")
+    return metrics
+
+
 def sampling_metrics(sampled, kept, batch, rounds, seconds):
     """What the policy did in one step, over all groups sampled, before any were dropped."""
     responses = list(itertools.chain(*sampled))
     lengths = [len(response.tokens) for response in responses]
     right = [statistics.fmean(response.accuracy for response in group) for group in sampled]
     differ = [any(response.advantage for response in group) for group in batch]
-    others = {name: [] for response in responses for name in response.others}
-    for name, value in itertools.chain(*(response.others.items() for response in responses)):
-        others[name].append(value)
-    timeouts = len(given_up)
-    given_up.clear()
-    return {f"reward/{name}": statistics.fmean(values) for name, values in others.items()} | {
+    metrics = {
         "reward/mean": statistics.fmean(response.reward for response in responses),
-        "reward/timeouts": timeouts,
+        "reward/timeouts": len(given_up),
         "accuracy": statistics.fmean(right),
         "response_length/mean": statistics.fmean(lengths),
         "response_length/max": max(lengths),
@@ -1093,6 +1094,11 @@ def sampling_metrics(sampled, kept, batch, rounds, seconds):
         "time/generate": seconds,
         "tokens_per_second": sum(lengths) / seconds,
     }
+    given_up.clear()
+    for name in sorted({name for response in responses for name in response.others}):
+        values = [response.others[name] for response in responses if name in response.others]
+        metrics.setdefault(f"reward/{name}", statistics.fmean(values))
+    return metrics
 
 
 def clipped_tokens(log_probs, old_log_probs, advantages, mask):
@@ -1123,45 +1129,6 @@ def peak_memory():
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-def evaluate(model, tokenizer, questions):
-    """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
-    set_seed("evaluation")
-    greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
-    greedy.sort(key=lambda response: len(response.question.prompt))
-    metrics = {
-        "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
-        "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
-        "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
-        "sampling_gap": max(sampling_gap(model, r.question.prompt, r.tokens) for r in (greedy[0], greedy[-1])),
-    }
-    if EVAL_SAMPLES > 1:
-        sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
-        metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
-    verdict = "right" if greedy[-1].accuracy else "wrong"
-    say(f"  {shorten(greedy[-1].question.text)}\n    -> {shorten(greedy[-1].text)}  ({verdict})")
-    return metrics
-
-
-@torch.no_grad()
-def sampling_gap(model, prompt, tokens):
-    """Nats per token by which a greedy response differs from a plain forward pass. In that, its tokens have to be the
-    likeliest, else the cache is at fault, and have the log-probabilities that token_log_probs gives, else the head. If
-    not, the model is refused. The shortest prompt is asked with the most padding, the longest without."""
-    tokens = tokens[:64]
-    with autocast(model):
-        logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
-    plain = logits[0, len(prompt) - 1 : -1].float().div(TEMPERATURE).log_softmax(-1)  # (T, V)
-    chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
-    scored = token_log_probs(model, [prompt], [tokens])[0][0]
-    gaps = TEMPERATURE * torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()])  # (2, T)
-    if not gaps.isfinite().all():
-        fail(f"the model's probabilities are not finite: {ADVICE}")
-    fits = gaps.mean(1).max() < 0.5 if logits.dtype == torch.bfloat16 else gaps.max() < 0.05  # rounding makes far less
-    if not fits:
-        fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
-    return gaps.mean(1).max().item()
 
 
 def draw_metrics(folder):
@@ -1207,9 +1174,7 @@ def main(argv=None):
     """python dapo.py [recipe.py] [--NAME=VALUE ...]"""
     try:
         for word in read_command_line(argv):
-            tool = {"eval": "evaluate", "chat": "chat", "plot": "plot"}.get(word)
-            hint = f"; python -m tools.{tool} does that" if tool else ""
-            fail(f"{word!r} is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE{hint}")
+            fail(f"{word!r} is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE; try python -m tools.NAME")
         with contextlib.redirect_stdout(Display(sys.stdout)), contextlib.redirect_stderr(Display(sys.stderr)):
             train()
     except KeyboardInterrupt:
@@ -1240,25 +1205,12 @@ def read_command_line(argv=None):
         with explained(f"the recipe {recipe} cannot be run"):
             settings |= {name: as_literal(value) for name, value in run_file(recipe).items() if name.isupper()}
     for option in options:
-        name, _, text = option.lstrip("-").partition("=")
-        settings[name] = text
+        name, _, settings[name] = option.lstrip("-").partition("=")
         if not isinstance(CONSTANTS.get(name), str):
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                settings[name] = ast.literal_eval(text)
+            with contextlib.suppress(Exception):  # of which type it has to be is checked below
+                settings[name] = ast.literal_eval(settings[name])
     for name, value in settings.items():
-        if name not in CONSTANTS:
-            close = difflib.get_close_matches(name.upper(), CONSTANTS, 1)
-            fail(f"there is no constant {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
-        if name == "REWARD" and isinstance(value, str):
-            path, _, function = value.rpartition(":")
-            with explained(f"REWARD={value} is not a file.py:function"):
-                value = run_file(path)[function]
-        kind = type(CONSTANTS[name])
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind and (name, value) != ("NUM_STEPS", None):
-            example = text_of(CONSTANTS[name])
-            fail(f"{name}={value} does not fit: it has to be of type {kind.__name__}, such as {example}")
-        globals()[name] = value
+        set_constant(name, value)
     for name, rule in RULES.items():
         if not eval(rule):
             fail(f"{name}={globals()[name]} is out of range: it has to be so that {rule}")
@@ -1276,6 +1228,21 @@ def as_literal(value):
     if callable(value):
         return value
     return json.loads(json.dumps(value, default=lambda part: part.item() if hasattr(part, "item") else os.fspath(part)))
+
+
+def set_constant(name, value):
+    if name not in CONSTANTS:
+        close = difflib.get_close_matches(name.upper(), CONSTANTS, 1)
+        fail(f"there is no constant {name}; " + (f"did you mean {close[0]}?" if close else "--help lists them all"))
+    if name == "REWARD" and isinstance(value, str):
+        path, _, function = value.rpartition(":")
+        with explained(f"REWARD={value} is not a file.py:function"):
+            value = run_file(path)[function]
+    kind, example = type(CONSTANTS[name]), text_of(CONSTANTS[name])
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind and (name, value) != ("NUM_STEPS", None):
+        fail(f"{name}={value} does not fit: it has to be of type {kind.__name__}, such as {example}")
+    globals()[name] = value
 
 
 def text_of(value):
@@ -1306,27 +1273,24 @@ def fail(message, kind=SystemExit):
     raise kind(2)
 
 
-def say(message):
-    tqdm.write(message)
+say = tqdm.write
 
 
 class Display(ObjectWrapper):
     """A stream whose failures do not end the training: its reader may have gone, its disk be full, or it is closed."""
 
-    def attempt(name):
-        def method(self, *parts):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                return getattr(self._wrapped, name)(*parts)
+    def attempt(self, name, *parts):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return getattr(self._wrapped, name)(*parts)
 
-        return method
-
-    write, flush, isatty = map(attempt, ("write", "flush", "isatty"))
+    write = functools.partialmethod(attempt, "write")
+    flush = functools.partialmethod(attempt, "flush")
+    isatty = functools.partialmethod(attempt, "isatty")
 
 
 def shorten(text, length=240):
     """Text of models and data on one line, without control characters, which could do anything to a terminal."""
-    text = "".join(sign if sign.isprintable() else " " for sign in text)
-    text = " ".join(text.split())
+    text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     return text if len(text) <= length else f"{text[: length - 4]} ..."
 
 

@@ -61,9 +61,7 @@ CONSTANTS = {
     "--REWARD=5": "REWARD=5 does not fit",
     "tran": "'tran' is neither a recipe, such as recipes/gsm8k.py, nor --NAME=VALUE",
     "missing.py": "the recipe missing.py cannot be run ... No such file",
-    "eval": "python -m tools.evaluate",
-    "chat": "python -m tools.chat",
-    "plot": "python -m tools.plot",
+    "eval": "try python -m tools.NAME",
 }
 
 
@@ -187,7 +185,7 @@ FILES = {
     "a picture as csv": (lambda f: [source(f / "picture.png", "csv")], "picture.png"),
     "parquet as json": (lambda f: [source(f / "good.parquet", "json")], "good.parquet"),
     "a folder as csv": (lambda f: [source(f, "csv")], "files"),
-    "no such column": (lambda f: [source(f / "good.parquet", "parquet", "q")], "its columns: question, answer"),
+    "no such column": (lambda f: [source(f / "good.parquet", "parquet", "q")], "question: string answer: string"),
     "a template that refuses": (lambda f: [f"--MODEL={f / 'refuses'}"], "No questions please"),
     "multimodal content": (lambda f: [source(f / "parts.json", "json")], "parts.json"),
     "an answer as last message": (lambda f: [source(f / "answered.json", "json")], "end with the user's message"),

@@ -320,7 +320,7 @@ def test_a_broken_checkpoint_is_refused(content, main, arguments, tmp_path, caps
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and f"{path} cannot be read; remove it to resume" in error
+    assert stop.value.code == 2 and f"{path} cannot be read; move it to resume" in error
     main([*arguments, "--NUM_STEPS=1", "--RESUME=False"])
     assert (tmp_path / "run_1/step_1").is_dir() and (tmp_path / "run/step_1").is_dir()
 

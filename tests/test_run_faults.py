@@ -28,12 +28,32 @@ def reward(parity):
 
 
 @pytest.mark.parametrize("name", ["step_1", "checkpoint", "epoch_3", "run.db.bak", "checkpoint.pt.unfinished"])
-def test_a_folder_with_files_and_no_run_is_left_alone(name, main, settings, tmp_path, capsys):
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_files_and_no_run_is_left_alone(name, resume, main, settings, tmp_path, capsys):
     (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / name / "mine.txt").write_text("mine")
     before = state_of(tmp_path)
-    error = stop_of(main, settings, capsys)
+    error = stop_of(main, [*settings, f"--RESUME={resume}"], capsys)
     assert f"holds {name} and no run" in error and state_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_the_checkpoint_of_another_program_is_left_alone(resume, main, settings, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "run/checkpoint.pt")
+    before = state_of(tmp_path)
+    error = stop_of(main, [*settings, f"--RESUME={resume}"], capsys)
+    assert "checkpoint.pt" in error and state_of(tmp_path) == before and not (tmp_path / "run_1").exists()
+
+
+def test_a_checkpoint_and_a_run_db_of_two_runs_are_noticed(main, settings, tmp_path, capsys):
+    main([*settings, "--NUM_STEPS=1"])
+    shutil.copy(tmp_path / "run/run.db", tmp_path)
+    main([*settings, "--NUM_STEPS=2"])
+    shutil.copy(tmp_path / "run.db", tmp_path / "run")
+    capsys.readouterr()
+    main([*settings, "--NUM_STEPS=3"])
+    assert "run.db was lost, or is another run's" in capsys.readouterr().out
 
 
 def test_the_database_of_another_program_is_left_alone(main, settings, tmp_path, capsys):
@@ -141,7 +161,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_one_before_it_resumes(pl
     content[largest.header_offset + 200 + int(place * (largest.file_size - 200))] ^= 4
     path.write_bytes(content)
     error = stop_of(main, [*settings, "--NUM_STEPS=4"], capsys)
-    assert "is damaged" in error and "remove it to resume from checkpoint.previous.pt" in error
+    assert "is damaged" in error and "move it to resume from checkpoint.previous.pt" in error
     path.unlink()
     main([*settings, "--NUM_STEPS=4"])
     assert "resuming the run" in capsys.readouterr().out and not (tmp_path / "run_1").exists()
