@@ -1019,19 +1019,21 @@ class Run:
 @contextlib.contextmanager
 def complete(path):
     """Gives another path to write a file or folder to, and renames it to `path` only when all of it is on the disk."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished, replaced = (path.with_name(f"{path.name}.{state}") for state in ("unfinished", "replaced"))
     remove(unfinished)
+    remove(replaced)
     try:
         yield unfinished
         sync(*unfinished.rglob("*"), unfinished)
-        if path.is_dir():
-            remove(path)
+        if path.is_dir():  # which nothing can replace at once
+            path.rename(replaced)
         unfinished.replace(path)
         sync(path.parent)
     except Exception as error:  # torch, safetensors, and tokenizers each raise their own when a disk is full
         raise OSError(f"{path}: {error}") from error
     finally:
         remove(unfinished)
+        remove(replaced)
 
 
 def sync(*places):

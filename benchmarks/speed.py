@@ -104,10 +104,11 @@ def trl(model, out, settings, goal=None):
     cuda = torch.cuda.is_available()
 
     def score(completions, completion_ids, answer, **columns):
-        _, scores, _ = dapo.judge([dapo.Question("", truth, "", None) for truth in answer], completions)
+        verdicts = dapo.judge([dapo.Question("", truth, "", None) for truth in answer], completions)
         shape = dapo.MAX_RESPONSE_LENGTH, dapo.OVERLONG_BUFFER_LENGTH, dapo.OVERLONG_PENALTY_FACTOR
         SECONDS["tokens"] += sum(map(len, completion_ids))
-        return [s + dapo.overlong_penalty(len(ids), *shape) for s, ids in zip(scores, completion_ids)]
+        penalties = [dapo.overlong_penalty(len(ids), *shape) for ids in completion_ids]
+        return [verdict["reward"] + penalty for verdict, penalty in zip(verdicts, penalties)]
 
     responses, parts = dapo.BATCH_SIZE * dapo.GROUP_SIZE, dapo.MINI_BATCHES
     config = GRPOConfig(
