@@ -44,7 +44,6 @@ import logging
 import math
 import os
 import random
-import re
 import runpy
 import shutil
 import signal
@@ -57,7 +56,6 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -518,7 +516,8 @@ def set_seed(*words):
 # ---- Model and data -------------------------------------------------------------------------------------------------
 
 # Chat templates may tell the date, but what a run reads must not depend on the day.
-transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 1))
+templates = transformers.utils.chat_template_utils
+templates.datetime = SimpleNamespace(now=functools.partial(templates.datetime, 2026, 1, 1))
 transformers.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in one line
     logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -823,9 +822,11 @@ def open_run(model, tokenizer, optimizer, questions, held_out):
         if then and new:
             say(f"changed since the last start, and recorded in run.db: {', '.join(name for _, name, _ in new)}")
         run.bar = opened.enter_context(tqdm(initial=run.step, total=NUM_STEPS, unit="step", disable=None))
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows has no HUP
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                opened.callback(signal.signal, number, signal.signal(number, run.stop))
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
+            opened.callback(signal.signal, number, signal.signal(number, run.stop))
         try:
             yield run
         except RewardFault:
@@ -1144,7 +1145,7 @@ def draw_metrics(folder):
     figure = Figure(figsize=(15, 9), layout="constrained")
     for axes, panel in zip(figure.subplots(3, 4).flat, PANELS):
         for name, points in curves.items():
-            if panel in (name, name.split("/")[0], re.sub("avg@.*", "accuracy", name.removeprefix("eval/"))):
+            if panel == name.removeprefix("eval/").replace("avg@", "accuracy/").split("/")[0]:
                 axes.plot(*zip(*points), "o" if name.startswith("eval/") else "-", label=name.replace("$", r"\$"))
                 axes.legend(fontsize="small")
         axes.grid(alpha=0.3)

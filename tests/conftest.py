@@ -1,6 +1,7 @@
 import contextlib
 import os
 import random
+import signal
 import sqlite3
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from architectures import ARCHITECTURES, REFUSED  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, logging  # noqa: E402
 
 logging.disable_progress_bar()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background, and tests send it
 dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
 
