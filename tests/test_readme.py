@@ -78,6 +78,19 @@ def test_both_name_the_same_things(pair):
     assert set(english) == set(chinese)
 
 
+@pytest.mark.parametrize("name", [path.name for path in ROOT.glob("docs/*.md")])
+def test_pages_of_the_docs_are_equals(name):
+    """In the numbers of each row of a table, what they name, and their code."""
+    pages = [(ROOT / folder / name).read_text(encoding="utf-8") for folder in ("docs", "docs/zh")]
+    english, chinese = ([*map(numbers, re.findall(r"^\|.*", page, re.MULTILINE))] for page in pages)
+    assert english == chinese
+    english, chinese = (set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", page))) for page in pages)
+    assert english == chinese
+    assert BLOCK.findall(pages[0]) == BLOCK.findall(pages[1])
+    for target in (target for page in pages for _, target in LINK.findall(page)):
+        assert target.startswith("https://") or any((ROOT / place / target).is_file() for place in ("docs", "docs/zh"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_formulas_in_a_line_are_set(name):
     """GitHub takes a $ for the beginning of a formula only after a space, and for its end only before one or a sign."""
@@ -99,7 +112,8 @@ def test_links_lead_somewhere(name):
 
 
 MADE = set("training_metrics.png checkpoint.pt run.db train_script.py constants.py step_40/ verl_run/".split())
-THEIRS = {"eval/", "NAME", "checkpoint.previous.pt", "WANDB_MODE=offline", "get_soft_overlong_punishment"}  # other programs', or a part of a name
+# Other programs', a run's, or a part of a name.
+THEIRS = {"eval/", "NAME", "checkpoint.previous.pt", "WANDB_MODE=offline", "get_soft_overlong_punishment"}
 
 
 @pytest.mark.parametrize("name", FILES)
