@@ -761,7 +761,9 @@ def judge(questions, texts):
     except Exception as error:
         number = min(len(verdicts), len(texts) - 1)
         about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"
-        fail(f"REWARD={text_of(REWARD)} failed at {about}: {described(error)}", RewardFault)
+        fail(
+            f"REWARD={inspect.getfile(REWARD)}:{REWARD.__qualname__} failed at {about}: {described(error)}", RewardFault
+        )
     return verdicts
 
 
@@ -848,7 +850,7 @@ class Run:
         self.signal, self.start = None, time.time()
         self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, or grpo.py
         files = {Path(__file__), Path(inspect.getfile(overlong_penalty)), Path(inspect.getfile(REWARD)), self.script}
-        self.sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
+        self.sources = {name_of(file): file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
         self.constants = {name: text_of(globals()[name]) for name in CONSTANTS} | {"the script": self.script.name}
         for name, asked in (("the questions' checksum", questions), ("the held-out questions' checksum", held_out)):
             text = str([(question.prompt.tolist(), question.answer) for question in asked])
@@ -963,7 +965,7 @@ class Run:
     def save_model(self, name):
         """In Hugging Face form, and beside it what made it: python train_script.py constants.py makes it again."""
         constants = "".join(f"{constant} = {self.constants[constant]}\n" for constant in CONSTANTS)
-        files = self.sources | {"train_script.py": self.sources[self.script.name], "constants.py": constants}
+        files = self.sources | {"train_script.py": self.sources[name_of(self.script)], "constants.py": constants}
         place = self.folder / name
         if place.exists() and not (place / "train_script.py").exists():
             fail(f"{place} is not this run's: move it; the same command then resumes the run, and saves its model")
@@ -1250,7 +1252,13 @@ def set_constant(name, value):
 
 def text_of(value):
     """A constant as Python text, which a recipe can set."""
-    return repr(f"{Path(inspect.getfile(value)).name}:{value.__qualname__}" if callable(value) else value)
+    return repr(f"{name_of(Path(inspect.getfile(value)))}:{value.__qualname__}" if callable(value) else value)
+
+
+def name_of(file):
+    """What a source file is called where its text is kept: a reward.py of one's own must not displace ours."""
+    beside = file.resolve().parent == Path(__file__).resolve().parent
+    return file.name if beside or file.name not in ("dapo.py", "reward.py") else f"my_{file.name}"
 
 
 @contextlib.contextmanager

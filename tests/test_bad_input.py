@@ -239,10 +239,10 @@ def test_files(case, main, files, start, tmp_path, capsys):
 
 
 REWARDS = {
-    "mine": "REWARD='reward.py:mine' failed ... TypeError ... data_source",
-    "none": "REWARD='reward.py:none' failed ... TypeError ... reward.py, line 4",
-    "two": "REWARD='reward.py:two' failed ... 50 responses",
-    "nan": "REWARD='reward.py:nan' failed ... finite",
+    "mine": "reward.py:mine failed ... TypeError ... data_source",
+    "none": "reward.py:none failed ... TypeError ... reward.py, line 4",
+    "two": "reward.py:two failed ... 50 responses",
+    "nan": "reward.py:nan failed ... finite",
 }
 
 

@@ -254,7 +254,7 @@ def test_a_reward_function_that_fails(at, main, arguments, undisturbed, tmp_path
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and "REWARD='chance.py:compute_score' failed" in error
+    assert stop.value.code == 2 and "chance.py:compute_score failed" in error
     last = checkpoint(tmp_path / "run")["step"]
     assert in_db(tmp_path / "run", "SELECT COALESCE(MAX(step), 0) FROM responses") == [(last,)]
     assert last % 2 or at == "evaluation"  # not one of the steps that have a checkpoint anyway

@@ -517,7 +517,7 @@ def test_a_verdict_that_is_none_is_named_with_its_response(verdict, said, plural
     with pytest.raises(dapo.RewardFault) as stop:
         dapo.judge([question(f"question {i}") for i in range(4)], ["a", "b", "third", "d"])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: REWARD='test_reward.py:") and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith(f"error: REWARD={__file__}:") and error.count("\n") == 1
     assert said in error
     if not (plural and isinstance(verdict, Exception)):  # a batch does not say at which response it failed
         assert "the question 'question 2' and the response 'third'" in error

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import question, rows
+from conftest import ROOT, question, rows
 from test_bad_input import state_of, stop_of
 
 import dapo
@@ -220,6 +220,22 @@ def test_changed_held_out_questions_or_weights_are_another_run(what, main, setti
     main(settings)
     said = capsys.readouterr().out
     assert ("the held-out questions' checksum was" if what == "held out" else "MODEL's checksum was") in said
+
+
+@pytest.mark.parametrize("name", ["reward.py", "dapo.py", "judge.py"])
+def test_a_changed_reward_file_is_said_and_saved_whatever_its_name(name, main, settings, tmp_path, capsys):
+    judge, text = tmp_path / "mine" / name, "def score(solution_str, **others):\n    return len(solution_str) % 2\n"
+    judge.parent.mkdir()
+    judge.write_text(text)
+    main([*settings, "--NUM_STEPS=1", f"--REWARD={judge}:score"])
+    judge.write_text(text + "# a remark\n")
+    capsys.readouterr()
+    main([*settings, "--NUM_STEPS=2", f"--REWARD={judge}:score"])
+    kept = name if name == "judge.py" else f"my_{name}"
+    said, saved = capsys.readouterr().out, tmp_path / "run/step_2"
+    assert f"source of {kept}" in said and "resuming" in said and (saved / kept).read_text().endswith("# a remark\n")
+    assert (saved / "reward.py").read_text() == (ROOT / "reward.py").read_text()
+    assert f"REWARD = '{kept}:score'" in (saved / "constants.py").read_text()
 
 
 def test_a_fault_in_the_reward_after_skipped_updates_keeps_the_sound_checkpoint(
