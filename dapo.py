@@ -56,6 +56,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -310,9 +311,7 @@ def compare_rewards(groups):
 
 def group_advantages(rewards):
     """(n, G) rewards → (n, G) advantages: (r - mean) / (std + 1e-6), with the group's mean and unbiased std (eq. 9).
-
-    With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros.
-    """
+    With 2 of 8 rewards 1 and the others -1, they are 1.62 and -0.54. Equal rewards, or a group of one, give zeros."""
     std = rewards.std(1, keepdim=True, correction=min(1, rewards.shape[1] - 1))  # of one reward it is 0
     equal = rewards.isclose(rewards[:, :1], rtol=1e-4, atol=1e-6).all(1, keepdim=True)  # but for rounding errors
     return ((rewards - rewards.mean(1, keepdim=True)) / (std + 1e-6)).masked_fill(equal, 0.0)
@@ -516,8 +515,7 @@ def set_seed(*words):
 # ---- Model and data -------------------------------------------------------------------------------------------------
 
 # Chat templates may tell the date, but what a run reads must not depend on the day.
-templates = transformers.utils.chat_template_utils
-templates.datetime = SimpleNamespace(now=functools.partial(templates.datetime, 2026, 1, 1))
+transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2026, 1, 1))
 transformers.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in one line
     logging.getLogger(library).setLevel(logging.CRITICAL)
