@@ -128,8 +128,8 @@ def test_a_prompt_may_open_a_thought():
 
 
 # judged_answers.json: 574 answers after public bug reports. own_answers.json: 240 ordinary ones to GSM8K's, MATH's, and
-# Chinese questions, and 839 of the same kinds as the 574, written before they were tried; "missed" says why reward.py
-# judges one otherwise than a person would.
+# Chinese questions, and 839 of the same kinds as the 574, written before they were tried and used since to mend the
+# judge; "missed" says why reward.py judges one otherwise than a person would.
 JUDGED = [
     pytest.param(
         case,
