@@ -334,10 +334,10 @@ def update_policy(model, base, optimizer, groups, step):
     if KL_COEF:
         store_log_probs(base, responses, "base_log_probs")
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
-    sums, gaps, skipped = Counter(), [], 0  # Counter.update adds, where dict.update would replace
+    sums, first_gap, skipped = Counter(), None, 0  # Counter.update adds, where dict.update would replace
     for mini_batch in mini_batches:  # each step changes the policy, so ratios leave 1 after the first
         losses, token_sums, gap = accumulate_gradients(model, mini_batch)
-        gaps.append(gap)
+        first_gap = gap if first_gap is None else first_gap
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         if grad_norm.isfinite():
             optimizer.step()
@@ -347,7 +347,7 @@ def update_policy(model, base, optimizer, groups, step):
         optimizer.zero_grad()
     tokens, updates = sums.pop("tokens", 0), sums.pop("updates", 0)
     means = {name: float(sums[name]) / (tokens if name in token_sums else updates) for name in sums}
-    return means | {"learning_rate": learning_rate, "skipped_updates": skipped, "first_ratio_gap": gaps[0].item()}
+    return means | {"learning_rate": learning_rate, "skipped_updates": skipped, "first_ratio_gap": first_gap.item()}
 
 
 def accumulate_gradients(model, mini_batch):
@@ -581,7 +581,8 @@ def load_questions(sources, tokenizer):
                 text, ids = read_prompt(tokenizer, messages)
             if not ids:
                 fail(f"MODEL={MODEL} has a tokenizer or a chat template that makes no tokens of a question")
-            if any(token in str(messages) for token in control):
+            written = str(messages)
+            if any(token in written for token in control):
                 left_out[f"hold text that is a control token, such as {tokenizer.eos_token}"] += 1
             elif len(ids) > MAX_PROMPT_LENGTH:
                 left_out["are over MAX_PROMPT_LENGTH"] += 1
@@ -754,8 +755,10 @@ def judge(questions, texts):
             given = (REWARD(**dict(zip(columns, row))) for row in zip(*columns.values()))
         for verdict in given:
             verdicts.append(read_verdict(verdict))
-        if len(verdicts) != len(texts) or not any(verdicts):
-            raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses, or none but None")
+        if len(verdicts) != len(texts):
+            raise ValueError(f"{len(verdicts)} verdicts on {len(texts)} responses")
+        if not any(verdicts):
+            raise ValueError(f"no verdict on any of {len(texts)} responses")
     except Exception as error:
         number = min(len(verdicts), len(texts) - 1)
         about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"

@@ -567,15 +567,16 @@ def work():
         if os.waitpid(child, 0)[1] != signal.SIGPROF:
             return  # it broke, or nobody asks any more
         print(flush=True)
-    set_timer = functools.partial(signal.setitimer, signal.ITIMER_PROF) if hasattr(signal, "setitimer") else abs
+    set_timer = getattr(signal, "setitimer", lambda *parts: None)  # Windows has none
+    kind = getattr(signal, "ITIMER_PROF", None)  # counts CPU time
     for line in sys.stdin:
         faulthandler.dump_traceback_later(CLOCK_LIMIT, exit=True)
-        set_timer(CPU_LIMIT)
+        set_timer(kind, CPU_LIMIT)
         try:
             verdict = bool(equal(*json.loads(line)))
         except BaseException:  # whatever a library makes of it
             verdict = False
-        set_timer(0)
+        set_timer(kind, 0)
         faulthandler.cancel_dump_traceback_later()
         print(verdict, flush=True)
 

@@ -86,7 +86,7 @@ def test_no_verdict_at_all_is_a_fault(set_reward, capsys):
     set_reward(verdicts([None]))
     with pytest.raises(dapo.RewardFault):
         dapo.judge([question()] * 2, ["a", "b"])
-    assert "2 verdicts on 2 responses, or none but None" in capsys.readouterr().err
+    assert "no verdict on any of 2 responses" in capsys.readouterr().err
 
 
 def test_more_numbers_of_a_reward_are_recorded(main, settings, set_reward, no_pictures, tmp_path):
