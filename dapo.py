@@ -91,9 +91,9 @@ DEVICE = ""  # cpu, cuda, or mps; empty: the best one available
 SEED = 0  # seeds every random choice
 
 # Length of the run
-NUM_STEPS = 40  # batches to train on; None: NUM_EPOCHS passes over the data
+NUM_STEPS = 14  # batches to train on; None: NUM_EPOCHS passes over the data
 NUM_EPOCHS = 1  # passes over the data if NUM_STEPS is None
-EVAL_EVERY = 5  # steps between evaluations, each with a sample response and a new picture
+EVAL_EVERY = 2  # steps between evaluations, each with a sample response and a new picture
 EVAL_SAMPLES = 1  # above 1: the mean accuracy of so many samples, avg@k, is measured besides that of greedy responses
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
@@ -128,7 +128,7 @@ LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, with 32 billion 
 WARMUP_STEPS = 5  # steps over which the learning rate rises to it
 WEIGHT_DECAY = 0.1  # of AdamW
 MAX_GRAD_NORM = 1.0  # a gradient with a larger norm is scaled down to this
-DAPO_EPOCHS = 1  # passes over each batch
+DAPO_EPOCHS = 3  # passes over each batch (the paper: 1)
 MINI_BATCHES = 16  # parts that a full batch is cut into, for one optimizer step each
 MICRO_BATCH_TOKENS = 16384  # tokens in one forward and backward pass, with padding; lower it if memory runs out
 GRADIENT_CHECKPOINTING = False  # keep only each layer's input and compute the layer again: less memory, more time

@@ -15,7 +15,7 @@ dapo.USE_DYNAMIC_SAMPLING = False  # groups that are all right or all wrong take
 dapo.LOSS_AGG_MODE = "seq-mean-token-mean"  # a token of a long response counts for less than one of a short one (3.3)
 dapo.OVERLONG_BUFFER_LENGTH = 0  # no warning before the limit: what is cut off there is wrong if it has no answer (3.4)
 dapo.USE_OVERLONG_FILTERING = False  # nor is it left out
-# The GRPO paper has a KL weight of 0.04 and makes one update for each batch of responses, not 16 as here.
+# The GRPO paper has a KL weight of 0.04 and makes one update for each batch of responses, not 48 as here.
 dapo.KL_COEF = 0.01  # ties the policy to the base model, from which long reasoning has to move away (2.3)
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Table 1 of the DAPO paper on the toy: what does each idea add, and what is lost without it?
 
-    python benchmarks/ablation.py                                     all settings, 3 seeds each
-    python benchmarks/ablation.py --seeds 5 --settings grpo.py dapo   some of them, 5 seeds
+    python benchmarks/ablation.py                                     all settings, seeds 0 to 4; some, seeds 5 to 9
+    python benchmarks/ablation.py --seeds 2 --settings grpo.py dapo   some of them, seeds 0 and 1
 
-The first six settings are the paper's: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in all of
-them, because no line of that table is about it; grpo.py, which has it, is a setting of its own. Then come DAPO as
-dapo.py has it, which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken
-out at a time. The last two are DAPO with and without clip-higher when a batch is used for 64 updates instead of 16,
-which gives the clip more to do.
+The paper's six come first: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in all of them, because
+no line of that table is about it; grpo.py, which has it, is a setting of its own. Then come DAPO as dapo.py has it,
+which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken out at a time;
+last, grpo.py and dapo.py at other learning rates.
+
+The constants of dapo.py were chosen on seeds 0 to 4. FRESH settings are run on seeds 5 to 9 too, by which nothing was
+chosen, and have lines of their own in the table.
 
 Each run is dapo.py in a process of its own, on one thread, as many at a time as there are cores. A finished run is not
 repeated and an interrupted one is resumed, so you can stop and start this script at will. Everything is in
@@ -15,6 +17,7 @@ outputs/ablation: a folder and a log for each run, the table in ablation.md, and
 """
 
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -34,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from tools import plot  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "ablation"
-STEPS, MIDDLE, LATE = 30, 20, 5  # of a run; where accuracy is also read off; the last so many make an "end" value
+STEPS, MIDDLE, LATE = 14, 8, 4  # of a run; where accuracy is also read off; the last so many make an "end" value
+SEEDS = 5  # for each line of the table
 LOOK_EVERY = 1  # seconds between looks at the runs
 RUN = {"NUM_STEPS": STEPS, "EVAL_EVERY": 2, "EVAL_SAMPLES": 4}
 
@@ -54,6 +58,8 @@ WITHOUT = {  # the same constants where the idea is not used
     "USE_DYNAMIC_SAMPLING": False,
 }
 LADDER = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
+RATES = ["1e-5", "5e-5"]  # other learning rates
+FRESH = ["grpo.py", "dapo", "dapo without dynamic sampling"]
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
 
@@ -67,8 +73,9 @@ def all_settings():
     settings["dapo"] = "dapo.py", dapo
     for idea, changed in list(IDEAS.items())[1:]:
         settings[f"dapo without {idea}"] = "dapo.py", dapo | {name: WITHOUT[name] for name in changed}
-    for name in ("dapo", "dapo without clip-higher"):
-        settings[f"{name}, 64 updates"] = "dapo.py", settings[name][1] | {"MINI_BATCHES": 64}
+    for rate in RATES:
+        settings[f"grpo.py, learning rate {rate}"] = "grpo.py", {"LEARNING_RATE": rate}
+    settings[f"dapo, learning rate {RATES[-1]}"] = "dapo.py", {"LEARNING_RATE": RATES[-1]}
     return settings
 
 
@@ -80,13 +87,19 @@ def done(folder):
     return (folder / f"step_{STEPS}").exists()
 
 
+def planned(names, seeds):
+    """[(setting, seed)], seed by seed, so that all settings have equally many runs along the way."""
+    fresh = [(name, seed) for seed in range(SEEDS, 2 * SEEDS) for name in FRESH if name in names]
+    return [(name, seed) for seed in range(seeds) for name in names] + (fresh if seeds == SEEDS else [])
+
+
 def finished_runs(settings):
-    """{setting: the curves of each of its finished runs}, for the settings that have any."""
+    """{line of the table: the curves of each of its finished runs}, for the lines that have any."""
     runs = {}
-    for name in settings:
-        for path in sorted(FOLDER.glob(folder_of(name, "*").name)):
-            if done(path) and path.name.rpartition("seed")[2].isdigit():  # dapo.py has renamed others: ..._seed0_1
-                runs.setdefault(name, []).append(plot.with_derived(plot.read_metrics(path)))
+    for name, seed in sorted(planned(settings, SEEDS), key=lambda run: run[1] >= SEEDS):
+        if done(folder_of(name, seed)):
+            line = name if seed < SEEDS else f"{name}, seeds {SEEDS} to {2 * SEEDS - 1}"
+            runs.setdefault(line, []).append(plot.with_derived(plot.read_metrics(folder_of(name, seed))))
     return runs
 
 
@@ -109,9 +122,9 @@ def steps_done(folder):
 
 
 def train_all(settings, seeds, jobs):
-    """Runs what is not done yet, seed by seed, so that all settings have equally many runs along the way."""
+    """Runs what is not done yet."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    runs = [(folder_of(name, seed), seed, *settings[name]) for seed in range(seeds) for name in settings]
+    runs = [(folder_of(name, seed), seed, *settings[name]) for name, seed in planned(settings, seeds)]
     waiting, running = [run for run in runs if not done(run[0])], {}
     bar = tqdm(total=len(runs) * STEPS, unit="step", disable=None)
     try:
@@ -137,27 +150,43 @@ def train_all(settings, seeds, jobs):
 
 
 def results(curves):
-    """What the table says of one run."""
+    """What the table says of one run. Accuracy is that on held-out questions, of responses drawn at random."""
     at = {name: dict(zip(*curve)) for name, curve in curves.items()}
-    sampled = f"eval/avg@{RUN['EVAL_SAMPLES']}"
-    steps = next((step for step, value in at["eval/accuracy"].items() if value >= 0.9), math.inf)
-    middle, end = range(STEPS // 2 - 2, STEPS // 2 + 3), range(STEPS - LATE + 1, STEPS + 1)
+    accuracy = at[f"eval/avg@{RUN['EVAL_SAMPLES']}"]
+    steps = reached(0.9, accuracy)
+    policy_entropy = {step - 1: value for step, value in at["entropy"].items()}  # the samples of step 1 are the base's
 
-    def mean(name, steps):
-        return statistics.mean(at[name][step] for step in steps if step in at[name])
+    def mean(name, first=1):
+        return statistics.mean(at[name][step] for step in range(first, STEPS + 1))
 
     return {
-        f"sampled, step {MIDDLE}": at[sampled][MIDDLE],
-        f"sampled, step {STEPS}": at[sampled][STEPS],
-        "sampled, mean over steps": mean(sampled, at[sampled]),
+        f"accuracy, step {MIDDLE}": accuracy[MIDDLE],
+        f"accuracy, step {STEPS}": accuracy[STEPS],
         f"greedy, step {MIDDLE}": at["eval/accuracy"][MIDDLE],
         f"greedy, step {STEPS}": at["eval/accuracy"][STEPS],
-        "steps to 0.9 greedy": steps,
-        "seconds to 0.9": 60 * at["minutes of training"].get(steps, math.inf),
-        "entropy, mid-run": mean("entropy", middle),
-        "truncated, end": mean("truncated_fraction", end),
-        "groups with a gradient, end": mean("groups/with_gradient", end),
+        "steps to 0.9": steps,
+        "seconds to 0.9": 60 * value_at(steps, at["minutes of training"]),
+        "entropy at 0.5": value_at(reached(0.5, accuracy), policy_entropy),
+        "truncated, mean": mean("truncated_fraction"),
+        "truncated, end": mean("truncated_fraction", STEPS - LATE + 1),
+        "groups with a gradient": mean("groups/with_gradient"),
     }
+
+
+def reached(level, curve):
+    """The step, a fraction of one included, at which {step: value} first reaches a level, or infinity."""
+    for (step, value), (next_step, next_value) in itertools.pairwise(curve.items()):
+        if value < level <= next_value:
+            return step + (next_step - step) * (level - value) / (next_value - value)
+    return math.inf
+
+
+def value_at(step, curve):
+    """The value of {step: value} there, on a straight line between two steps; beyond them, infinity."""
+    if step not in (math.inf, *curve):
+        before, after = math.floor(step), math.ceil(step)
+        return (after - step) * curve.get(before, math.inf) + (step - before) * curve.get(after, math.inf)
+    return curve.get(step, math.inf)
 
 
 def in_words(values, digits):
@@ -171,7 +200,7 @@ def in_words(values, digits):
 
 def table(runs):
     """The Markdown table."""
-    lines, digits = [], {"steps to 0.9 greedy": 1, "seconds to 0.9": 0}
+    lines, digits = [], {"steps to 0.9": 1, "seconds to 0.9": 0}
     for name, curves in runs.items():
         found = [results(run) for run in curves]
         cells = [in_words([result[column] for result in found], digits.get(column, 3)) for column in found[0]]
@@ -180,43 +209,41 @@ def table(runs):
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
-DRAWN = {  # title: metric
-    "held-out accuracy, sampled": f"eval/avg@{RUN['EVAL_SAMPLES']}",
-    "held-out accuracy, greedy": "eval/accuracy",
-    "entropy (nats)": "entropy",
-    "truncated responses": "truncated_fraction",
-    "groups trained on that have a gradient": "groups/with_gradient",
+DRAWN = {  # idea: what the paper says of it, metric
+    "clip-higher": ("entropy (nats a token)", "entropy"),
+    "dynamic sampling": ("groups that teach something", "groups/with_gradient"),
+    "token-level loss": ("response length (tokens)", "response_length/mean"),
+    "soft overlong punishment": ("responses cut off", "truncated_fraction"),
 }
 
 
 def draw(runs):
-    """The picture: above the paper's six settings, below DAPO and what is left of it without one idea."""
-    rows = [name for name in LADDER if name in runs], [name for name in runs if name.startswith("dapo")]
-    figure = Figure(figsize=(18, 7.5), layout="constrained")
-    for part, names in zip(figure.subfigures(2, 1), rows):
-        for axes, (title, metric) in zip(part.subplots(1, len(DRAWN)), DRAWN.items()):
-            for name in names:
-                x, mean, lowest, highest = plot.average(runs[name], metric, "step")
-                (line,) = axes.plot(x, mean, linewidth=1.3, label=name)
-                axes.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.12)
-            axes.set_title(title, fontsize="medium")
-            axes.set_xlabel("step", fontsize="small")
-            axes.grid(alpha=0.3)
-        part.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize="small")
+    """The picture: a column for each idea, with DAPO and DAPO without it; above accuracy, below what it is about."""
+    ideas = [idea for idea in DRAWN if {"dapo", f"dapo without {idea}"} <= runs.keys()]
+    if not ideas:
+        return
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    axes = figure.subplots(2, len(ideas), squeeze=False)
+    for column, idea in zip(axes.T, ideas):
+        title, metric = DRAWN[idea]
+        for axis, name in zip(column, (f"eval/avg@{RUN['EVAL_SAMPLES']}", metric)):
+            for setting, label in ("dapo", f"with {idea}"), (f"dapo without {idea}", "without"):
+                x, mean, lowest, highest = plot.average(runs[setting], name, "step")
+                (line,) = axis.plot(x, mean, linewidth=1.6, label=label)
+                axis.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.15)
+            axis.set_xlabel("step", fontsize="small")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
+        column[0].set_title("held-out accuracy", fontsize="medium")
+        column[1].set_title(title, fontsize="medium")
     figure.savefig(FOLDER / "ablation.png", dpi=75)
-
-
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main():
     settings = all_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=count, default=3)
-    parser.add_argument("--jobs", type=count, default=os.cpu_count(), help="runs at a time, on one thread each")
+    parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, on one thread each")
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings), metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too

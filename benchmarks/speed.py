@@ -44,7 +44,7 @@ from tools import plot  # noqa: E402
 
 SIZES = {"cpu": dict(BATCH_SIZE=32, MAX_RESPONSE_LENGTH=96), "cuda": dict(BATCH_SIZE=64, MAX_RESPONSE_LENGTH=512)}
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
-SAME_WORK = dict(GROUP_SIZE=8, MINI_BATCHES=4, USE_DYNAMIC_SAMPLING=False, LEARNING_RATE=1e-12, SAVE_EVERY=0)
+SAME_WORK = dict(GROUP_SIZE=8, MINI_BATCHES=4, DAPO_EPOCHS=1, USE_DYNAMIC_SAMPLING=False, LEARNING_RATE=1e-12, SAVE_EVERY=0)
 STEPS = 6  # the first is not counted
 GOAL = 0.9
 SECONDS = Counter()
@@ -110,12 +110,13 @@ def trl(model, out, settings, goal=None):
         penalties = [dapo.overlong_penalty(len(ids), *shape) for ids in completion_ids]
         return [verdict["reward"] + penalty for verdict, penalty in zip(verdicts, penalties)]
 
-    responses, parts = dapo.BATCH_SIZE * dapo.GROUP_SIZE, dapo.MINI_BATCHES
+    responses, parts, passes = dapo.BATCH_SIZE * dapo.GROUP_SIZE, dapo.MINI_BATCHES, dapo.DAPO_EPOCHS
     config = GRPOConfig(
         output_dir=str(out), per_device_train_batch_size=responses // parts, steps_per_generation=parts,
         gradient_accumulation_steps=1, num_generations=dapo.GROUP_SIZE, max_completion_length=dapo.MAX_RESPONSE_LENGTH,
-        max_steps=dapo.NUM_STEPS * parts, learning_rate=dapo.LEARNING_RATE, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=dapo.WARMUP_STEPS * parts, weight_decay=dapo.WEIGHT_DECAY, max_grad_norm=dapo.MAX_GRAD_NORM,
+        num_iterations=passes, max_steps=dapo.NUM_STEPS * parts * passes, learning_rate=dapo.LEARNING_RATE,
+        lr_scheduler_type="constant_with_warmup", warmup_steps=dapo.WARMUP_STEPS * parts * passes,
+        weight_decay=dapo.WEIGHT_DECAY, max_grad_norm=dapo.MAX_GRAD_NORM,
         loss_type="dapo", epsilon=dapo.CLIP_RANGE_LOW, epsilon_high=dapo.CLIP_RANGE_HIGH, beta=0.0, temperature=1.0,
         top_p=1.0, top_k=0, seed=dapo.SEED, bf16=cuda, use_cpu=not cuda, gradient_checkpointing=False,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
@@ -131,7 +132,7 @@ def trl(model, out, settings, goal=None):
             clock["start"] = clock["start"] or now()
 
         def on_step_end(self, args, state, control, **others):
-            if state.global_step % parts == 0:
+            if state.global_step % (parts * passes) == 0:
                 clock["times"].append(now() - clock["start"])
                 if goal:
                     groups = dapo.sample_groups(policy, tokenizer, held_out, 1, greedy=True)
@@ -358,15 +359,15 @@ def compare(options):
     runs = (options.out / str(number) for number in range(10**6))
     policies = {"as shipped": ROOT / "toy"}
     if options.device == "cpu":
-        settings = {"NUM_STEPS": 30, "DEVICE": "cpu"}
+        settings = {"NUM_STEPS": 16, "DEVICE": "cpu"}
         print(f"until {GOAL} of the held-out questions are answered right, one seed a round:", flush=True)
         for seed in range(options.rounds):
             policies["trained"] = next(runs)
             mine = measure("ours", ROOT / "toy", policies["trained"], settings | {"SEED": seed}, GOAL)
-            theirs = measure("trl", ROOT / "toy", next(runs), settings | {"SEED": seed, "NUM_STEPS": 45}, GOAL)
+            theirs = measure("trl", ROOT / "toy", next(runs), settings | {"SEED": seed, "NUM_STEPS": 30}, GOAL)
             for who, result in ("dapo.py", mine), ("TRL", theirs):
                 print(f"  {who} {result['steps']} steps, {result['seconds']:.0f} s", flush=True)
-        policies["trained"] /= "step_30"
+        policies["trained"] /= "step_16"
     else:
         policies = {"random weights": random_model(options.out / "random", num_hidden_layers=24)}
     for name, model in policies.items():

@@ -48,16 +48,16 @@ def test_each_setting_is_one_idea_away():
 
 
 def make_run(setting, seed, shift=0.0):
-    """A run of 30 steps whose held-out accuracy is its step / 20, whose entropy and length are its step, and so on."""
+    """A run whose accuracy is 0.08 a step and more, up to 1, whose entropy is its step, and so on."""
     path = ablation.folder_of(setting, seed)
     (path / f"step_{ablation.STEPS}").mkdir(parents=True)
     with sqlite3.connect(path / "run.db") as db:
         db.execute("CREATE TABLE metrics (step INTEGER, name TEXT, value REAL)")
-        rows = [(n, "eval/accuracy", min(1, n / 20)) for n in range(0, 31, 2)]
-        rows += [(n, "eval/avg@4", n / 30 + shift) for n in range(0, 31, 2)]
-        for n in range(1, 31):
+        rows = [(n, "eval/accuracy", min(1, n / 10)) for n in range(15)]
+        rows += [(n, "eval/avg@4", min(1, 0.08 * n) + shift) for n in range(0, 15, 2)]
+        for n in range(1, 15):
             step = {"time/generate": 1.5, "time/update": 0.5, "entropy": n, "truncated_fraction": n / 100}
-            step |= {"groups/with_gradient": 2 / 3}
+            step |= {"groups/with_gradient": 2 / 3, "response_length/mean": 5}
             rows += [(n, *item) for item in step.items()]
         db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", rows)
     db.close()
@@ -66,16 +66,16 @@ def make_run(setting, seed, shift=0.0):
 def test_results_of_one_run(folder):
     make_run("dapo", 0)
     expected = {
-        "sampled, step 20": 20 / 30,
-        "sampled, step 30": 1.0,
-        "sampled, mean over steps": 0.5,
-        "greedy, step 20": 1.0,
-        "greedy, step 30": 1.0,
-        "steps to 0.9 greedy": 18,
-        "seconds to 0.9": 36.0,
-        "entropy, mid-run": 15.0,  # steps 13 to 17
-        "truncated, end": 0.28,  # steps 26 to 30
-        "groups with a gradient, end": 2 / 3,
+        "accuracy, step 8": 0.64,
+        "accuracy, step 14": 1.0,
+        "greedy, step 8": 0.8,
+        "greedy, step 14": 1.0,
+        "steps to 0.9": 11.25,  # between 0.8 at 10 and 0.96 at 12
+        "seconds to 0.9": 22.5,
+        "entropy at 0.5": 7.25,  # that after 6.25 steps: step 7 begins with the policy that 6 steps have made
+        "truncated, mean": 0.075,
+        "truncated, end": 0.125,  # steps 11 to 14
+        "groups with a gradient": 2 / 3,
     }
     assert [ablation.results(run) for run in ablation.finished_runs(["dapo"])["dapo"]] == [pytest.approx(expected)]
 
@@ -83,17 +83,20 @@ def test_results_of_one_run(folder):
 def test_table_and_picture(folder):
     for seed, shift in enumerate([0.0, 0.01, 0.02]):
         make_run("naive GRPO", seed, shift)
-    make_run("dapo", 0)
+    for name in ablation.all_settings():
+        if name.startswith("dapo"):
+            make_run(name, 0)
+    make_run("dapo", ablation.SEEDS)
     (folder / "dapo_seed1").mkdir()  # interrupted: it does not count
     (folder / f"dapo_seed0_1/step_{ablation.STEPS}").mkdir(parents=True)  # renamed by dapo.py: nor does this
     runs = ablation.finished_runs(ablation.all_settings())
-    head, _, naive, full = ablation.table(runs).splitlines()
+    head, _, naive, full, *_, fresh = ablation.table(runs).splitlines()
     columns = head.strip("| ").split(" | ")
     cells = dict(zip(columns, naive.strip("| ").split(" | ")))
     assert (cells["setting"], cells["seeds"], cells["paper"]) == ("naive GRPO", "3", "30")
-    assert cells["sampled, step 30"] == "1.010 ± 0.006"  # 0.01 / sqrt(3)
-    assert cells["steps to 0.9 greedy"] == "18.0 ± 0.0"
-    assert full.startswith("| dapo | 1 |  | ")
+    assert cells["accuracy, step 8"] == "0.650 ± 0.006"  # 0.01 / sqrt(3)
+    assert cells["steps to 0.9"] == "11.1 ± 0.1"  # 11.25, 11.125, and 11
+    assert full.startswith("| dapo | 1 |  | ") and fresh.startswith("| dapo, seeds 5 to 9 | 1 |  | ")
     ablation.draw(runs)
     assert (folder / "ablation.png").stat().st_size > 10_000
 
@@ -109,13 +112,17 @@ def test_what_is_done_is_not_done_again(folder, monkeypatch):
 
     def start(script, constants, path, seed):
         started.append((path.name, seed))
-        return subprocess.Popen([sys.executable, "-c", f"import os; os.makedirs({str(path / 'step_30')!r})"])
+        return subprocess.Popen(
+            [sys.executable, "-c", f"import os; os.makedirs({str(path / f'step_{ablation.STEPS}')!r})"]
+        )
 
     monkeypatch.setattr(ablation, "start", start)
     settings = {"dapo": ("dapo.py", {})}
     ablation.train_all(settings, 2, jobs=1)
     ablation.train_all(settings, 3, jobs=2)
     assert started == [("dapo_seed0", 0), ("dapo_seed1", 1), ("dapo_seed2", 2)]
+    ablation.train_all(settings, ablation.SEEDS, jobs=4)
+    assert [seed for _, seed in started] == [*range(10)]  # dapo is among those for which fresh seeds are run, too
 
 
 def test_a_run_that_fails_stops_the_others(folder, monkeypatch, capsys):

@@ -128,7 +128,7 @@ def test_a_prompt_does_not_depend_on_the_day(template, tokenizer, monkeypatch):
     assert text in ("01 Jan 2026 00:00 Tom", "Thursday Tom") and tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("inserted", ["<|end|>", "<|user|>Tom"])
+@pytest.mark.parametrize("inserted", ["<|im_end|>", "<|user|>Tom"])
 def test_a_question_with_the_text_of_a_control_token_is_left_out(inserted, tokenizer, tmp_path, capsys):
     write(tmp_path / "rows.parquet", q=["Tom has 1 apple.", f"Tom {inserted} has 2."], a=["1", "2"])
     questions = dapo.load_questions([source(tmp_path / "rows.parquet", "parquet")], tokenizer)

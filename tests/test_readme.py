@@ -274,4 +274,4 @@ def test_trl_accepts_the_arguments():
     arguments = {pair[1]: eval(pair[2], vars(dapo).copy()) for pair in pairs if pair}
     config = trl.GRPOConfig(**arguments, bf16=False, use_cpu=True)
     assert len(arguments) > 20 and config.generation_batch_size == dapo.BATCH_SIZE * dapo.GROUP_SIZE
-    assert config.max_steps == dapo.NUM_STEPS * dapo.MINI_BATCHES
+    assert config.max_steps == dapo.NUM_STEPS * dapo.MINI_BATCHES * dapo.DAPO_EPOCHS

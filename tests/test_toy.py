@@ -1,12 +1,12 @@
 """What ships in toy/: questions, tokenizer and model, as make_toy.py describes them."""
 
-import random
 import re
 import sys
 
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, load
+from conftest import rows as rows_of
 
 import dapo
 
@@ -48,6 +48,7 @@ def test_tokenizer_gives_every_answer_back(rows, tokenizer):
             assert tokenizer.decode(ids) == text
     assert tokenizer.tokenize("407") == ["4", "0", "7"]
     assert tokenizer.decode(tokenizer("schön, 你好")["input_ids"]) == "schön, 你好"
+    assert tokenizer.eos_token == "<|im_end|>"  # which verl requires of every qwen2
 
 
 def test_longest_solution_fits_the_response_limit(rows, tokenizer):
@@ -62,7 +63,24 @@ def test_the_model_is_small_and_loads(tokenizer):
 
 
 def test_kinds_of_answers():
-    rng, equations = random.Random(0), ["1+2=3", "3+4=7"]
-    blurt, work, ramble = (make_toy.make_answer(rng, kind, equations, 7) for kind in ("blurt", "work", "ramble"))
-    assert blurt == "#### 7" and work == "Work:\n1+2=3\n3+4=7\n#### 7"
-    assert ramble.startswith(work.replace("#### 7", "Check:\n1+2=3\n3+4=7\n" * 2)) and ramble.endswith("\n#### 7")
+    equations = ["1+2=3", "3+4=7"]
+    assert make_toy.make_answer(equations, 7, works=False) == "#### 7"
+    work = make_toy.make_answer(equations, 7, works=True)
+    assert work == "Work:\n1+2=3\n3+4=7\n#### 7"
+    assert make_toy.make_answer(equations, 7, works=True, checks=2) == work + "\nCheck:\n1+2=3\n3+4=7" * 2
+
+
+@pytest.mark.parametrize("start, right", [("#### 7", True), ("Work:\n1+2=3\n3+4=7\n#### 7", True), ("#### 8", False)])
+def test_checks_after_the_answer_change_nothing_for_the_judge(start, right):
+    """Wherever the limit cuts them off: what is punished there is length alone."""
+    text = start + "\nCheck:\n1+2=3\n3+4=7" * 3
+    for end in range(len(start), len(text) + 1):
+        assert dapo.compute_score("", text[:end], "7")["acc"] == right, text[:end]
+
+
+@pytest.mark.slow
+def test_the_trainer_learns(main, tmp_path, no_pictures):
+    """The default run, with all constants as shipped but the folder."""
+    main([f"--OUTPUT_DIR={tmp_path / 'run'}", "--DEVICE=cpu"])
+    accuracy = dict(rows_of(tmp_path / "run", "SELECT step, value FROM metrics WHERE name = 'eval/accuracy'"))
+    assert accuracy[0] < 0.35 and accuracy[dapo.NUM_STEPS] >= 0.9, accuracy

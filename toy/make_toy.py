@@ -3,11 +3,12 @@
     python toy/make_toy.py
 
 A real base model has read worked solutions among everything else, and reinforcement learning makes it prefer them. The
-toy repeats that in small: a Qwen2 of 0.9 M parameters learns word problems from text in which almost everybody blurts
-out an answer, few work it out, and some of those cannot stop checking what they have found. It blurts as they do, is
-mostly wrong where a problem has more than one operation, and could do far better.
+toy repeats that on a small scale: a Qwen2 of 0.9 M parameters learns word problems from text in which almost everybody
+blurts out an answer, few work it out, and some, whether they have worked it out or not, then check what they have
+already answered, and check it again. The toy does as they do: it blurts, is mostly wrong where a problem has more than
+one operation, and often does not stop when it is done. It could do far better.
 
-Everything written here is committed, so nobody has to run this. It takes about 17 minutes on 2 CPU cores.
+Everything that this writes is committed, so nobody has to run it. It takes about 17 minutes on 2 CPU cores.
 """
 
 import random
@@ -28,9 +29,10 @@ SEED = 0
 TRAIN_QUESTIONS = 6000
 TEST_QUESTIONS = 256
 OPERATIONS = {1: 15, 2: 25, 3: 25, 4: 20, 5: 15}  # percent of the questions with 1, 2, ... of them
-KINDS = {"blurt": 97.5, "work": 1.5, "ramble": 1.0}  # percent of the answers that begin as each kind
+WORK_SHARE = 0.025  # of the answers are worked out; the others are blurted
 SKILL_SHARE = 0.7  # of the examples teach how to work a problem out, but not that one should
-MAX_CHECKS = 12  # a rambler checks 2 to 12 times
+RAMBLE_SHARE = 0.3  # of the answers, worked out or blurted, go on after the end, with 2 to MAX_CHECKS checks
+MAX_CHECKS = 12
 MAX_ANSWER_LENGTH = 128  # tokens; what a ramble says after them is not learned, dapo.py's limit is shorter
 TRAINING_STEPS = 4500
 TRAINING_BATCH = 32
@@ -42,7 +44,7 @@ GAINS = "buys finds gets wins".split()
 LOSSES = "eats gives loses sells".split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -64,12 +66,9 @@ def make_question(rng):
     return " ".join(story) + f" How many {thing} does {name} have now?", equations, value
 
 
-def make_answer(rng, kind, equations, result):
-    if kind == "blurt":
-        return f"#### {result}"
+def make_answer(equations, result, works, checks=0):
     worked = "\n".join(equations)
-    checks = rng.randint(2, MAX_CHECKS) if kind == "ramble" else 0
-    return f"Work:\n{worked}\n" + f"Check:\n{worked}\n" * checks + f"#### {result}"
+    return (f"Work:\n{worked}\n" if works else "") + f"#### {result}" + f"\nCheck:\n{worked}" * checks
 
 
 def make_data_files():
@@ -77,7 +76,7 @@ def make_data_files():
     rng, problems = random.Random(SEED), {}
     while len(problems) < TRAIN_QUESTIONS + TEST_QUESTIONS:
         question, equations, result = make_question(rng)
-        problems[question] = make_answer(rng, "work", equations, result)
+        problems[question] = make_answer(equations, result, works=True)
     rows = [{"question": question, "answer": answer} for question, answer in problems.items()]
     test, train = rows[:TEST_QUESTIONS], rows[TEST_QUESTIONS:]
     pq.write_table(pa.Table.from_pylist(train), OUT / "train.parquet")
@@ -95,7 +94,7 @@ def make_tokenizer(texts):
         vocab=alphabet,
         merges=[],
         pad_token="<|pad|>",
-        eos_token="<|end|>",
+        eos_token="<|im_end|>",
         unk_token=None,
         extra_special_tokens=["<|user|>", "<|assistant|>"],
     )
@@ -132,18 +131,18 @@ def examples(rng, tokenizer, held_out):
     """An endless stream of (token ids, labels) of answered questions that are not held out.
 
     The first token of an answer decides whether it blurts or works. Examples of working are common, so that the skill
-    is learned, but most of them leave that token out of the loss: the choice is learned from the others, in the shares
-    of KINDS. For a problem of one operation, blurting is a skill too.
+    is learned, but most of them leave that token out of the loss: the choice is learned from the others, of which
+    WORK_SHARE work. For a problem of one operation, blurting is a skill too.
     """
     while True:
         question, equations, result = make_question(rng)
-        is_skill, kinds = rng.random() < SKILL_SHARE, KINDS
-        if is_skill:
-            kinds = KINDS | {"blurt": KINDS["work"] if len(equations) == 1 else 0}
-        kind = rng.choices(list(kinds), kinds.values())[0]
+        is_skill = rng.random() < SKILL_SHARE
+        works = rng.random() < (WORK_SHARE if not is_skill else 0.5 if len(equations) == 1 else 1)
+        checks = rng.randint(2, MAX_CHECKS) if rng.random() < RAMBLE_SHARE else 0
         if question not in held_out:
             prompt = tokenizer(f"<|user|>{question}<|assistant|>")["input_ids"]
-            answer = tokenizer(make_answer(rng, kind, equations, result) + "<|end|>")["input_ids"][:MAX_ANSWER_LENGTH]
+            text = make_answer(equations, result, works, checks) + "<|im_end|>"
+            answer = tokenizer(text)["input_ids"][:MAX_ANSWER_LENGTH]
             labels = [-100] * (len(prompt) + is_skill) + answer[is_skill:]
             yield torch.tensor(prompt + answer), torch.tensor(labels)
 
