@@ -232,6 +232,7 @@ def draw(runs):
                 (line,) = axis.plot(x, mean, linewidth=1.6, label=label)
                 axis.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.15)
             axis.set_xlabel("step", fontsize="small")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small")
         column[0].set_title("held-out accuracy", fontsize="medium")
