@@ -44,7 +44,9 @@ from tools import plot  # noqa: E402
 
 SIZES = {"cpu": dict(BATCH_SIZE=32, MAX_RESPONSE_LENGTH=96), "cuda": dict(BATCH_SIZE=64, MAX_RESPONSE_LENGTH=512)}
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
-SAME_WORK = dict(GROUP_SIZE=8, MINI_BATCHES=4, DAPO_EPOCHS=1, USE_DYNAMIC_SAMPLING=False, LEARNING_RATE=1e-12, SAVE_EVERY=0)
+SAME_WORK = dict(
+    GROUP_SIZE=8, MINI_BATCHES=4, DAPO_EPOCHS=1, USE_DYNAMIC_SAMPLING=False, LEARNING_RATE=1e-12, SAVE_EVERY=0
+)
 STEPS = 6  # the first is not counted
 GOAL = 0.9
 SECONDS = Counter()

@@ -240,7 +240,7 @@ def test_all_responses_are_scored_before_the_first_optimizer_step(make_folder, s
 
 
 def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_constants, monkeypatch):
-    set_constants(MINI_BATCHES=4, BATCH_SIZE=4, GROUP_SIZE=4)
+    set_constants(MINI_BATCHES=4, DAPO_EPOCHS=1, BATCH_SIZE=4, GROUP_SIZE=4)
     sizes, real = [], dapo.accumulate_gradients
     monkeypatch.setattr(dapo, "accumulate_gradients", lambda model, rs: (sizes.append(len(rs)), real(model, rs))[1])
     model, _ = load(make_folder())
@@ -249,7 +249,7 @@ def test_fewer_responses_make_fewer_updates_of_the_same_size(make_folder, set_co
 
 
 def test_kl_is_to_the_base_model(make_folder, set_constants):
-    set_constants(KL_COEF=0.1, MINI_BATCHES=1)
+    set_constants(KL_COEF=0.1, MINI_BATCHES=1, DAPO_EPOCHS=1)
     model, base = load(make_folder())[0], load(make_folder(seed=5))[0]
     groups = make_groups()
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_overlong_filtering_leaves_the_loss_but_not_the_baseline(make_folder, se
 
 
 def test_infinite_gradient_changes_nothing(make_folder, set_constants):
-    set_constants(MINI_BATCHES=1)
+    set_constants(MINI_BATCHES=1, DAPO_EPOCHS=1)
     model, _ = load(make_folder())
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.clone() for p in model.parameters()]
@@ -314,7 +314,7 @@ def test_infinite_gradient_changes_nothing(make_folder, set_constants):
 
 def test_nan_in_one_response_costs_only_its_own_update(make_folder, set_constants, monkeypatch):
     """Of three mini-batches the one that holds it is skipped; the result is that of the other two."""
-    set_constants(MINI_BATCHES=3, BATCH_SIZE=3, GROUP_SIZE=4, LEARNING_RATE=1e-3)
+    set_constants(MINI_BATCHES=3, DAPO_EPOCHS=1, BATCH_SIZE=3, GROUP_SIZE=4, LEARNING_RATE=1e-3)
     monkeypatch.setattr(random, "shuffle", lambda items: None)  # mini-batch i holds responses i, i + 3, ...
     folder, real = make_folder(), dapo.token_log_probs
     results = []
