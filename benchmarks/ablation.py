@@ -29,6 +29,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import numpy
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -96,7 +97,7 @@ def planned(names, seeds):
 def finished_runs(settings):
     """{line of the table: the curves of each of its finished runs}, for the lines that have any."""
     runs = {}
-    for name, seed in sorted(planned(settings, SEEDS), key=lambda run: run[1] >= SEEDS):
+    for name, seed in planned(settings, SEEDS):
         if done(folder_of(name, seed)):
             line = name if seed < SEEDS else f"{name}, seeds {SEEDS} to {2 * SEEDS - 1}"
             runs.setdefault(line, []).append(plot.with_derived(plot.read_metrics(folder_of(name, seed))))
@@ -183,10 +184,7 @@ def reached(level, curve):
 
 def value_at(step, curve):
     """The value of {step: value} there, on a straight line between two steps; beyond them, infinity."""
-    if step not in (math.inf, *curve):
-        before, after = math.floor(step), math.ceil(step)
-        return (after - step) * curve.get(before, math.inf) + (step - before) * curve.get(after, math.inf)
-    return curve.get(step, math.inf)
+    return float(numpy.interp(step, [*curve], [*curve.values()], right=math.inf))
 
 
 def in_words(values, digits):
@@ -209,7 +207,7 @@ def table(runs):
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
-DRAWN = {  # idea: what the paper says of it, metric
+DRAWN = {  # idea: title and metric of what it is about
     "clip-higher": ("entropy (nats a token)", "entropy"),
     "dynamic sampling": ("groups that teach something", "groups/with_gradient"),
     "token-level loss": ("response length (tokens)", "response_length/mean"),
@@ -244,7 +242,8 @@ def main():
     settings = all_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, on one thread each")
+    cores = range(1, os.cpu_count() + 1)
+    parser.add_argument("--jobs", type=int, choices=cores, default=cores[-1], help="runs at a time, a core for each")
     parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings), metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too

@@ -361,7 +361,7 @@ def compare(options):
     runs = (options.out / str(number) for number in range(10**6))
     policies = {"as shipped": ROOT / "toy"}
     if options.device == "cpu":
-        settings = {"NUM_STEPS": 16, "DEVICE": "cpu"}
+        settings = {"DEVICE": "cpu"}
         print(f"until {GOAL} of the held-out questions are answered right, one seed a round:", flush=True)
         for seed in range(options.rounds):
             policies["trained"] = next(runs)
@@ -369,7 +369,7 @@ def compare(options):
             theirs = measure("trl", ROOT / "toy", next(runs), settings | {"SEED": seed, "NUM_STEPS": 30}, GOAL)
             for who, result in ("dapo.py", mine), ("TRL", theirs):
                 print(f"  {who} {result['steps']} steps, {result['seconds']:.0f} s", flush=True)
-        policies["trained"] /= "step_16"
+        policies["trained"] /= f"step_{dapo.NUM_STEPS}"
     else:
         policies = {"random weights": random_model(options.out / "random", num_hidden_layers=24)}
     for name, model in policies.items():

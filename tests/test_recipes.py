@@ -8,6 +8,7 @@ import runpy
 import pytest
 from conftest import ROOT
 
+import dapo
 import tools.chat
 import tools.evaluate
 
@@ -37,6 +38,13 @@ def stand_in(folder, recipe):
     files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "test"))
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{files}---\n")
     return str(folder)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_makes_the_papers_16_updates_a_batch(recipe):
+    """Unlike the toy's constants, which it would inherit."""
+    constants = dapo.CONSTANTS | runpy.run_path(str(ROOT / f"recipes/{recipe}.py"))
+    assert constants["DAPO_EPOCHS"] * constants["MINI_BATCHES"] == 16
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
