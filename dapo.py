@@ -231,8 +231,9 @@ def sample_groups(model, tokenizer, questions, group_size, greedy=False):
 
 
 @torch.no_grad()
-def sample_tokens(model, prompts, group_size=1, greedy=False, limit=None):
-    """B prompts, (P,) token ids each → B·G responses, (T,) token ids each, through their first end token.
+def sample_tokens(model, prompts, group_size=1, greedy=False, limit=None, drawn=None):
+    """B prompts, (P,) token ids each → B·G responses, (T,) token ids each, through their first end token. If `drawn` is
+    B·G empty lists, it receives the log-probabilities that the tokens were drawn with.
 
     With each prompt repeated G times, one call would do the same, but on a CPU it takes 2.5 to 6 times as long:
 
@@ -250,6 +251,7 @@ def sample_tokens(model, prompts, group_size=1, greedy=False, limit=None):
     limit = limit or MAX_RESPONSE_LENGTH
     # top_k=0: any token can be sampled, not only the 50 likeliest (the default), as token_log_probs assumes.
     method = {"do_sample": False} if greedy else {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0}
+    method |= {"return_dict_in_generate": True, "output_scores": bool(drawn)}
     ids = pad_sequence(prompts, True, pad, "left").to(model.device)  # (B, P), so that all responses begin together
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(model.device)  # (B, P)
     cache, width = new_cache(model), ids.shape[1]  # generate computes only what is not in the cache yet
@@ -265,7 +267,12 @@ def sample_tokens(model, prompts, group_size=1, greedy=False, limit=None):
                 ids, mask = ids[rows], mask[rows]
                 cache.reorder_cache(rows)
             stage = min(DECODE_STAGE, limit - start)
-            ids = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=stage, **method)
+            output = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=stage, **method)
+            ids = output.sequences
+            if drawn:
+                log_softmax = torch.stack(output.scores, 1).log_softmax(-1)  # (rows, stage, V)
+                for row, values in zip(live, log_softmax.gather(-1, ids[:, width + start :, None])[..., 0].tolist()):
+                    drawn[row] += values
             mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
             staying = []
             for row, tokens in enumerate(ids[:, width + start :].tolist()):
@@ -359,7 +366,7 @@ def accumulate_gradients(model, mini_batch):
     count = sum(len(response.tokens) for response in mini_batch)
     denominator = count if LOSS_AGG_MODE == "token-mean" else len(mini_batch)
     losses, token_sums, gaps = Counter(), Counter(tokens=count), []
-    for micro_batch in micro_batches(mini_batch):
+    for micro_batch in micro_batches(model, mini_batch):
         log_probs, entropy, mask = score(model, micro_batch)  # (B, T) each
         old_log_probs = pad_sequence([response.old_log_probs for response in micro_batch], True)  # (B, T)
         advantages = torch.tensor([r.advantage for r in micro_batch]).to(model.device, non_blocking=True)  # (B,)
@@ -440,13 +447,14 @@ def token_log_probs(model, prompts, responses):
 # record of a run, metrics, and the command line.
 
 
-def micro_batches(responses):
-    """Yields lists of responses of similar length, each of at most MICRO_BATCH_TOKENS tokens, padding included. Padding
-    many short responses to the length of a long one would cost more than another pass."""
+def micro_batches(model, responses):
+    """Yields lists of responses of similar length, each of at most MICRO_BATCH_TOKENS tokens, padding included. On a
+    CPU, one more pass costs as much as 100 tokens of padding; on a GPU, which it hardly fills, as 1,000 or more."""
+    stretch = 1.3 if model.device.type == "cpu" else 2  # the longest response is at most so many times the shortest
     lengths, batch = {response: len(response.question.prompt) + len(response.tokens) for response in responses}, []
     for response in sorted(responses, key=lengths.get):
         length = lengths[response]
-        if batch and ((len(batch) + 1) * length > MICRO_BATCH_TOKENS or length > 1.3 * lengths[batch[0]]):
+        if batch and ((len(batch) + 1) * length > MICRO_BATCH_TOKENS or length > stretch * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(response)
@@ -457,7 +465,7 @@ def micro_batches(responses):
 @torch.no_grad()
 def store_log_probs(model, responses, name):
     """Sets `name`, old_log_probs or base_log_probs, of each response."""
-    for micro_batch in micro_batches(responses):
+    for micro_batch in micro_batches(model, responses):
         for response, log_probs in zip(micro_batch, score(model, micro_batch)[0]):
             setattr(response, name, log_probs[: len(response.tokens)].clone())  # without the padding
 
@@ -478,7 +486,8 @@ def log_softmax_at(targets, model, output, hidden):
 
     size = max(1, LOGITS_CHUNK // model.config.get_text_config().vocab_size)
     parts = zip(targets.split(size), hidden.split(size))
-    parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    with autocast(model):  # one for all chunks, so that the output layer's weights are made bf16 once
+        parts = [checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return [torch.cat(part) for part in zip(*parts)]
 
 
@@ -487,15 +496,21 @@ def head_logits(model, output, hidden):
     layer alone would not do: Gemma 2 caps the logits after it, Granite and Cohere scale them."""
     decoder = model.get_decoder()
     decoder.forward = lambda *args, **kwargs: replace(output, last_hidden_state=hidden[None])
-    with autocast(model):
-        logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    logits = model(inputs_embeds=hidden[None], use_cache=False).logits[0]
     del decoder.forward
     return logits
 
 
 def autocast(model):
-    """Weights are fp32, since bf16 would lose AdamW's steps at a learning rate of 1e-6. On CUDA, arithmetic is bf16."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
+    """Weights are fp32, since bf16 would lose AdamW's steps at a learning rate of 1e-6. Arithmetic is bf16 on CUDA
+    GPUs that have it; older ones, such as T4 and V100, would emulate it, very slowly."""
+    native = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=native)
+
+
+def arithmetic(model):
+    with autocast(model):
+        return "bf16" if torch.is_autocast_enabled(model.device.type) else "fp32"
 
 
 def new_cache(model):
@@ -505,7 +520,32 @@ def new_cache(model):
         def update(self, keys, values, *rest, **more):
             return super().update(keys.to(values.dtype), values, *rest, **more)
 
-    return Cache(config=model.config)
+    cache = Cache(config=model.config)
+    for layer in cache.layers:
+        if type(layer) is transformers.cache_utils.DynamicLayer:
+            layer.__class__ = RoomyLayer
+    return cache
+
+
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """A layer of the cache with room for a stage of tokens: without it, each token would copy all that come before."""
+
+    room = None  # keys and values, (B, heads, length, H) each, of a length that is more than what is kept in them
+
+    def update(self, keys, values, *rest, **more):
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if self.room is None or self.room[0].shape[2] < end:
+            both = super().update(keys, values)
+            self.room = [torch.nn.functional.pad(part, (0, 0, 0, DECODE_STAGE)) for part in both]
+        else:
+            for room, part in zip(self.room, (keys, values)):
+                room[:, :, start:end] = part
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)
+        self.room = None
 
 
 def set_seed(*words):
@@ -549,7 +589,7 @@ def load_model(path):
         kind = transformers.modeling_layers.GradientCheckpointingLayer
         layers = [layer for layer in model.modules() if isinstance(layer, kind)]
         for layer in layers or fail(f"MODEL={path} has no layers that are made for GRADIENT_CHECKPOINTING=True"):
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = recomputed(layer.forward)
     # Of its own generation_config only the end tokens count: its top_k or repetition_penalty would make the
     # distribution that we sample another one than the one that we score. The saved model gets it back.
     own = model.own_generation_config = model.generation_config
@@ -560,6 +600,12 @@ def load_model(path):
     model._optimize_model_for_decode = contextlib.nullcontext  # it would gather the expert weights of every token
     # Never train(): with dropout, the policy that we score would not be the one that we sample.
     return model.to(DEVICE or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval(), tokenizer
+
+
+def recomputed(forward):
+    """A layer's forward, which keeps only its input for the backward pass, if there will be one."""
+    again = functools.partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    return lambda *args, **options: (again if torch.is_grad_enabled() else forward)(*args, **options)
 
 
 def saved_model(path):
@@ -691,33 +737,34 @@ def check(model, questions, held_out):
     size, largest = model.config.get_text_config().vocab_size, max(q.prompt.max() for q in questions + held_out)
     if largest >= size:
         fail(f"MODEL={MODEL} has {size} tokens, and its tokenizer makes token {largest} of a question")
-    prompts = sorted((question.prompt for question in held_out), key=len)
-    prompts = [prompts[0], prompts[-1]]
     with explained(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here"):
-        for prompt, tokens in zip(prompts, sample_tokens(model, prompts, greedy=True, limit=2 * DECODE_STAGE)):
-            sampling_gap(model, prompt, tokens)
+        sampling_gap(model, [question.prompt for question in held_out], limit=2 * DECODE_STAGE)
+    if model.device.type == "cuda" and arithmetic(model) == "fp32":
+        say("this GPU has no bf16 arithmetic of its own: we compute in fp32, which takes more time and memory")
     if shared := len({question.text for question in questions} & {question.text for question in held_out}):
         say(f"{shared} of {len(held_out)} questions of EVAL_DATASETS are also trained on")
 
 
 @torch.no_grad()
-def sampling_gap(model, prompt, tokens):
-    """Nats per token by which a greedy response differs from a plain forward pass. In that, its tokens have to be the
-    likeliest, else the cache is at fault, and have the log-probabilities that token_log_probs gives, else the head. If
-    not, the model is refused. The shortest prompt is asked with the most padding, the longest without."""
-    tokens = tokens[:64]
-    with autocast(model):
-        logits = model(torch.cat([prompt, tokens])[None].to(model.device), use_cache=False).logits
-    plain = logits[0, len(prompt) - 1 : -1].float().div(TEMPERATURE).log_softmax(-1)  # (T, V)
-    chosen = plain.gather(-1, tokens[:, None].to(model.device))[:, 0]
-    scored = token_log_probs(model, [prompt], [tokens])[0][0]
-    gaps = TEMPERATURE * torch.stack([plain.amax(-1) - chosen, (scored - chosen).abs()])  # (2, T)
-    if not gaps.isfinite().all():
+def sampling_gap(model, prompts, limit=None):
+    """|log-probability that a token was drawn with - log-probability that token_log_probs gives it|, for each of the N
+    tokens of responses to the 4 shortest prompts, which have the most padding, and to the 4 longest: (N,).
+
+    Exact arithmetic would give 0. Where the gap is more than a rounding error, the model's cache or output layer works
+    in a way that we do not know, and the model is refused."""
+    prompts = sorted(prompts, key=len)
+    prompts, gaps = prompts[:4] + prompts[-4:], []
+    if not token_log_probs(model, [prompt[:1] for prompt in prompts], prompts)[0].isfinite().all():
         fail(f"MODEL={MODEL}: its probabilities are not finite: {ADVICE}")
-    fits = gaps.mean(1).max() < 0.5 if logits.dtype == torch.bfloat16 else gaps.max() < 0.05  # rounding makes far less
-    if not fits:
+    drawn = [[] for _ in prompts]
+    for prompt, tokens, log_probs in zip(prompts, sample_tokens(model, prompts, limit=limit, drawn=drawn), drawn):
+        scored = token_log_probs(model, [prompt], [tokens])[0][0].cpu()
+        gaps.append((scored - torch.tensor(log_probs[: len(tokens)])).abs())
+    padded, whole, exact = torch.cat(gaps[: len(gaps) // 2]), torch.cat(gaps), arithmetic(model) == "fp32"
+    nats = whole.max() if exact else max(padded.mean(), whole.mean())
+    if TEMPERATURE * nats > (0.05 if exact else 0.5):  # rounding makes far less
         fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
-    return gaps.mean(1).max().item()
+    return whole
 
 
 def question_stream(questions, run):
@@ -860,7 +907,7 @@ class Run:
         self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
         self.facts = self.constants | {f"source of {name}": text for name, text in self.sources.items()}  # for run.db
         self.facts |= {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-        self.facts["device"] = str(model.device)
+        self.facts |= {"device": str(model.device), "arithmetic": arithmetic(model)}
 
     def resume(self):
         """Resumes the run in the folder if it is this one and has not finished. Renames any other."""
@@ -1062,20 +1109,19 @@ def evaluate(model, tokenizer, questions):
     """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
     set_seed("evaluation")
     greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
-    greedy.sort(key=lambda response: len(response.question.prompt))
-    shortest, longest = greedy[0], greedy[-1]
     metrics = {
         "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
         "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
         "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
-        "sampling_gap": max(sampling_gap(model, r.question.prompt, r.tokens) for r in (shortest, longest)),
     }
     if EVAL_SAMPLES > 1:
         sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
         metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
+    gaps = sampling_gap(model, [question.prompt for question in questions])
+    longest = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]
     verdict = "right" if longest.accuracy else "wrong"
     say(f"  {shorten(longest.question.text)}\n    -> {shorten(longest.text)}  ({verdict})")
-    return metrics
+    return metrics | {"sampling_gap/mean": gaps.mean().item(), "sampling_gap/max": gaps.max().item()}
 
 
 def sampling_metrics(sampled, kept, batch, rounds, seconds):
@@ -1129,8 +1175,8 @@ def diagnose(metrics, groups):
 
 def peak_memory():
     """In GiB: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if on_gpu := torch.cuda.max_memory_allocated():
+        return on_gpu / 2**30
     with contextlib.suppress(ImportError):  # Windows has no such module
         import resource
 

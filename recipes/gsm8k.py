@@ -1,6 +1,6 @@
 """Qwen2.5-0.5B-Instruct on GSM8K, for one GPU of 24 GB.
 
-    python dapo.py recipes/gsm8k.py
+    PYTORCH_ALLOC_CONF=expandable_segments:True python dapo.py recipes/gsm8k.py
     python -m tools.evaluate recipes/gsm8k.py Qwen/Qwen2.5-0.5B-Instruct outputs/gsm8k
     python -m tools.chat recipes/gsm8k.py outputs/gsm8k
 
@@ -13,8 +13,8 @@ Not yet run with real weights or on a GPU. Memory, by python -m tools.memory rec
     weights once more, in bf16          0.9       0.9
     key-value cache                     3.1       0.0
     layers, kept for the backward pass  0.0       6.1
-    logits                              0.4       0.8
-    together                            10.0      15.1
+    logits                              0.4       3.0
+    together                            10.0      17.4
 
 The cache grows with GENERATION_BATCH, the layers with MICRO_BATCH_TOKENS, and both with the lengths.
 """
@@ -36,3 +36,4 @@ LEARNING_RATE = 1e-6
 DAPO_EPOCHS = 1
 GENERATION_BATCH = 256
 MICRO_BATCH_TOKENS = 4096
+LOGITS_CHUNK = 2**27

@@ -45,9 +45,13 @@ def test_a_step_trains_and_the_saved_folder_reloads(kind, main, settings, make_f
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_neither_gradients_nor_sampling(kind, make_folder, set_constants):
+    """And it does not cost sampling anything: a layer is wrapped only where there will be a backward pass."""
     set_constants(MAX_RESPONSE_LENGTH=12, DECODE_STAGE=5)
     prompts = [torch.arange(20, 20 + length) for length in (4, 9)]
-    folder, found = make_folder(kind), []
+    folder, found, wrapped, checkpoint = make_folder(kind), [], [], dapo.checkpoint
+    set_constants(
+        checkpoint=lambda layer, *args, **options: wrapped.append(layer) or checkpoint(layer, *args, **options)
+    )
     for on in (False, True):
         set_constants(GRADIENT_CHECKPOINTING=on)
         model, _ = load(folder)
@@ -61,8 +65,11 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_sampling(kind, mak
         part.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
         dapo.accumulate_gradients(model, batch)
         gradients, calls = [parameter.grad for parameter in model.parameters()], len(shapes)
+        assert len(wrapped) > 2 if on else len(wrapped) == 2  # the logits of scoring, and of the update
+        wrapped.clear()
         torch.manual_seed(0)
         tokens = dapo.sample_tokens(model, prompts, 3)
+        assert not wrapped
         found.append((gradients, calls, tokens, shapes[calls:]))
     (gradients, calls, tokens, shapes), (same_gradients, twice, same_tokens, same_shapes) = found
     for gradient, same in zip(gradients, same_gradients):

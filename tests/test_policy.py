@@ -7,6 +7,7 @@ import torch
 from architectures import KINDS
 from conftest import HOSTILE, load
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 import dapo
 
@@ -270,6 +271,23 @@ def test_experts_are_not_switched_while_decoding(make_folder, tokenizer, set_con
     assert calls  # it is what generate calls
 
 
+def test_the_cache_is_copied_once_a_stage_and_not_at_every_token(make_folder, tokenizer, set_constants, monkeypatch):
+    set_constants(MAX_RESPONSE_LENGTH=40, DECODE_STAGE=8)
+    model, _ = load(make_folder())
+    model.generation_config.eos_token_id = [-1]
+    copies, real = [], DynamicLayer.update
+
+    def counted(layer, *arguments):
+        copies.append(layer)
+        return real(layer, *arguments)
+
+    monkeypatch.setattr(DynamicLayer, "update", counted)
+    tokens = dapo.sample_tokens(model, make_prompts(tokenizer), 2)
+    assert [len(ids) for ids in tokens] == [40] * 2 * len(LENGTHS)
+    prompt, stages = 1, 5
+    assert len(copies) <= (prompt + stages) * model.config.num_hidden_layers
+
+
 @pytest.fixture
 def bfloat16(set_constants):
     """Arithmetic as on CUDA, on the CPU."""
@@ -301,20 +319,38 @@ def test_rounding_is_no_reason_to_refuse_a_model(make_folder, tokenizer, set_con
         set_constants(MAX_RESPONSE_LENGTH=80, TEMPERATURE=temperature, OVERLONG_BUFFER_LENGTH=0)
         model, _ = load(make_folder(kind, seed=1))
         asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
-        dapo.evaluate(model, tokenizer, asked)
-        groups = dapo.sample_groups(model, tokenizer, asked, 1, greedy=True)
-        gaps += [dapo.sampling_gap(model, r.question.prompt, r.tokens) for (r,) in groups]
-    assert 0 < max(gaps) < 0.25  # the last of them chose another token than without a cache
+        gaps.append(dapo.evaluate(model, tokenizer, asked)["sampling_gap/mean"] * temperature)
+    assert 0.01 < max(gaps) < 0.25
 
 
-def test_a_policy_is_checked_by_the_most_padded_prompt_and_one_without_padding(make_folder, tokenizer, set_constants):
-    set_constants(MAX_RESPONSE_LENGTH=4, OVERLONG_BUFFER_LENGTH=0)
-    set_constants(sampling_gap=lambda model, prompt, tokens: 1 / len(prompt))
-    model, _ = load(make_folder())
-    asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
-    assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == 1 / min(LENGTHS)
-    set_constants(sampling_gap=lambda model, prompt, tokens: len(prompt))
-    assert dapo.evaluate(model, tokenizer, asked)["sampling_gap"] == max(LENGTHS) > min(LENGTHS)
+def test_the_sampling_gap_is_the_difference_of_log_probabilities(make_folder, tokenizer, sampled_from, set_constants):
+    """Between those that torch.multinomial drew from, for the shortest and the longest prompts, and scoring's."""
+    set_constants(MAX_RESPONSE_LENGTH=7, DECODE_STAGE=3, TEMPERATURE=0.7, OVERLONG_BUFFER_LENGTH=0)
+    model, _ = load(make_folder(ends=[tokenizer.eos_token_id, *range(20, 200)]))
+    asked, seen, sample = [], [], dapo.sample_tokens
+
+    def spy(model, prompts, **options):
+        asked.extend(prompts)
+        seen.extend(sample(model, prompts, **options))
+        return seen
+
+    set_constants(sample_tokens=spy)
+    lengths = [9, 1, 4, 6, 3, 2, 8, 5, 11, 10, 7]
+    shifted, score = 0.002, dapo.token_log_probs
+    set_constants(token_log_probs=lambda *batch: [score(*batch)[0] + shifted, *score(*batch)[1:]])
+    gaps = dapo.sampling_gap(model, [torch.arange(30, 30 + length) for length in lengths])
+    assert [len(prompt) for prompt in asked] == [1, 2, 3, 4, 8, 9, 10, 11]
+    live, by_hand = list(range(8)), [[] for _ in seen]
+    for position, probabilities in enumerate(sampled_from):
+        live = [i for i in live if position % 3 or len(seen[i]) > position]
+        for row, i in enumerate(live):
+            if position < len(seen[i]):
+                by_hand[i].append(probabilities[row, seen[i][position]].log())
+    scored = [score(model, [prompt], [tokens])[0][0] + shifted for prompt, tokens in zip(asked, seen)]
+    expected = torch.cat([(one - torch.stack(other)).abs() for one, other in zip(scored, by_hand)])
+    assert len(set(map(len, seen))) > 2
+    torch.testing.assert_close(gaps, expected)
+    assert 0.0015 < gaps.mean() <= gaps.max() < 0.0025
 
 
 def test_bfloat16_arithmetic_keeps_them_close(make_folder, tokenizer, sampled_from, set_constants, bfloat16):

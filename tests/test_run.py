@@ -42,7 +42,7 @@ def test_a_run_leaves_its_record(main, settings, chance, tmp_path, capsys):
     evaluated = rows(run, "SELECT step, name FROM metrics WHERE name LIKE 'eval/%' ORDER BY step, name")
     names = "accuracy avg@2 response_length truncated_fraction".split()
     assert evaluated == [(step, f"eval/{name}") for step in (0, 2) for name in names]
-    assert [step for (step,) in rows(run, "SELECT step FROM metrics WHERE name = 'sampling_gap'")] == [0, 2]
+    assert [step for (step,) in rows(run, "SELECT step FROM metrics WHERE name = 'sampling_gap/mean'")] == [0, 2]
     picture = Image.open(run / "training_metrics.png")
     assert min(picture.size) > 500 and len(set(picture.convert("L").tobytes())) > 50
     assert sorted(p.name for p in run.iterdir()) == FILES

@@ -90,11 +90,9 @@ def sample(path, questions):
     model, tokenizer = dapo.load_model(path)
     dapo.set_seed("evaluation")
     greedy, sampled = dapo.sample_groups(model, tokenizer, questions, 1, greedy=True), []
-    by_length = sorted(greedy, key=lambda group: len(group[0].question.prompt))
-    for group in (by_length[0], by_length[-1]):  # the one with the most padding, and the one without
-        dapo.sampling_gap(model, group[0].question.prompt, group[0].tokens)  # refuses a model that is sampled wrong
     if dapo.EVAL_SAMPLES > 1:
         sampled = dapo.sample_groups(model, tokenizer, questions, dapo.EVAL_SAMPLES)
+    dapo.sampling_gap(model, [question.prompt for question in questions])  # refuses a model that is sampled wrong
     return greedy, sampled
 
 
