@@ -1232,6 +1232,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
+        if any(words in str(error) for words in ("probability tensor contains", "device-side assert")):  # CPU, CUDA
+            fail(f"no token can be sampled any more, the policy's probabilities are not finite: {ADVICE}")
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
             raise
         sampling = "sample_tokens" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]

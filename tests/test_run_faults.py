@@ -90,6 +90,12 @@ def test_what_a_user_adds_to_a_run_stays(main, settings, tmp_path, capsys):
     assert (run / "step_2/model.safetensors").exists()
 
 
+def test_weights_too_large_to_sample_with_end_the_run_in_one_line(main, settings, chance, no_pictures, capsys):
+    """They are finite still, but what is computed from them is not."""
+    error = stop_of_last(main, [*settings, "--LEARNING_RATE=1e30", "--WARMUP_STEPS=0", "--EVAL_EVERY=9"], capsys)
+    assert "not finite" in error and "lower LEARNING_RATE" in error
+
+
 def stop_of_last(main, arguments, capsys):
     """The error of a run that has begun, after what it said before."""
     with pytest.raises(SystemExit) as stop:
