@@ -509,16 +509,18 @@ def autocast(model):
 
 
 def arithmetic(model):
+    """The type that a model computes products in."""
     with autocast(model):
-        return "bf16" if torch.is_autocast_enabled(model.device.type) else "fp32"
+        return torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else torch.float32
 
 
 def new_cache(model):
-    """A key-value cache that keeps keys in the type of the values; under autocast, rotary embeddings make them fp32."""
+    """A key-value cache in the type of the arithmetic; under autocast, rotary embeddings and norms would make it fp32."""
+    dtype = arithmetic(model)
 
     class Cache(transformers.DynamicCache):  # a method set on the instance would refer back to it, and so keep it alive
         def update(self, keys, values, *rest, **more):
-            return super().update(keys.to(values.dtype), values, *rest, **more)
+            return super().update(keys.to(dtype), values.to(dtype), *rest, **more)
 
     cache = Cache(config=model.config)
     for layer in cache.layers:
@@ -739,7 +741,7 @@ def check(model, questions, held_out):
         fail(f"MODEL={MODEL} has {size} tokens, and its tokenizer makes token {largest} of a question")
     with explained(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here"):
         sampling_gap(model, [question.prompt for question in held_out], limit=2 * DECODE_STAGE)
-    if model.device.type == "cuda" and arithmetic(model) == "fp32":
+    if model.device.type == "cuda" and arithmetic(model) is torch.float32:
         say("this GPU has no bf16 arithmetic of its own: we compute in fp32, which takes more time and memory")
     if shared := len({question.text for question in questions} & {question.text for question in held_out}):
         say(f"{shared} of {len(held_out)} questions of EVAL_DATASETS are also trained on")
@@ -760,9 +762,9 @@ def sampling_gap(model, prompts, limit=None):
     for prompt, tokens, log_probs in zip(prompts, sample_tokens(model, prompts, limit=limit, drawn=drawn), drawn):
         scored = token_log_probs(model, [prompt], [tokens])[0][0].cpu()
         gaps.append((scored - torch.tensor(log_probs[: len(tokens)])).abs())
-    padded, whole, exact = torch.cat(gaps[: len(gaps) // 2]), torch.cat(gaps), arithmetic(model) == "fp32"
+    padded, whole, exact = torch.cat(gaps[: len(gaps) // 2]), torch.cat(gaps), arithmetic(model) is torch.float32
     nats = whole.max() if exact else max(padded.mean(), whole.mean())
-    if TEMPERATURE * nats > (0.05 if exact else 0.5):  # rounding makes far less
+    if not TEMPERATURE * nats < (0.05 if exact else 0.5):  # rounding makes far less; and NaN is not less
         fail(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here, its cache or head works in an unusual way")
     return whole
 
@@ -907,7 +909,7 @@ class Run:
         self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
         self.facts = self.constants | {f"source of {name}": text for name, text in self.sources.items()}  # for run.db
         self.facts |= {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-        self.facts |= {"device": str(model.device), "arithmetic": arithmetic(model)}
+        self.facts |= {"device": str(model.device), "arithmetic": str(arithmetic(model))}
 
     def resume(self):
         """Resumes the run in the folder if it is this one and has not finished. Renames any other."""
