@@ -515,7 +515,7 @@ def arithmetic(model):
 
 
 def new_cache(model):
-    """A key-value cache in the type of the arithmetic; under autocast, rotary embeddings and norms would make it fp32."""
+    """A key-value cache in the type of the arithmetic; under autocast, rotary embeddings and norms make it fp32."""
     dtype = arithmetic(model)
 
     class Cache(transformers.DynamicCache):  # a method set on the instance would refer back to it, and so keep it alive
