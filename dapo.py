@@ -60,6 +60,10 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before torch is imported, which reads it then: threads that wait for each other shall soon give up their core. Where
+# another program keeps the cores busy, a step took up to 60 times as long otherwise.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import pyarrow.dataset  # before torch, for Windows
 import torch
 import transformers
@@ -1220,8 +1224,12 @@ RULES |= {name: f"0 <= {name} < math.inf" for name in MAY_BE_0} | {
     "LOSS_AGG_MODE": "LOSS_AGG_MODE in ('token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean')",
     "PROMPT_TEMPLATE": "PROMPT_TEMPLATE in ('boxed', 'answer') or '{question}' in PROMPT_TEMPLATE",
     "OUTPUT_DIR": "OUTPUT_DIR.strip() and not OUTPUT_DIR.startswith('~')",
-    "DEVICE": "DEVICE in ('', 'cpu', str(torch.accelerator.current_accelerator()))",
+    "DEVICE": "DEVICE in ('', 'cpu', str(torch.accelerator.current_accelerator(check_available=True)))",
 }
+
+
+# What errors say that are no OutOfMemoryError: of the CPU, of CUDA itself, and of its libraries.
+OUT_OF_MEMORY = "can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED"
 
 
 def main(argv=None):
@@ -1236,7 +1244,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if any(words in str(error) for words in ("probability tensor contains", "device-side assert")):  # CPU, CUDA
             fail(f"no token can be sampled any more, the policy's probabilities are not finite: {ADVICE}")
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not no_memory and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         sampling = "sample_tokens" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]
         name = "GENERATION_BATCH" if sampling else "MICRO_BATCH_TOKENS"

@@ -193,7 +193,8 @@ def test_what_is_in_force_is_recorded_once(main, settings, parity, tmp_path):
     assert rows(tmp_path / "run", "SELECT step, name, value FROM constants WHERE step > 0") == [(1, "NUM_STEPS", "2")]
 
 
-def test_a_device_may_change_and_is_on_record(main, settings, interrupted):
+def test_a_device_may_change_and_is_on_record(main, settings, interrupted, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)  # a Mac's GPU cannot be hidden
     main([*settings, "--DEVICE="])
     assert recorded(interrupted) == [1, 2]
     assert (1, "''") in rows(interrupted, "SELECT step, value FROM constants WHERE name = 'DEVICE'")
