@@ -453,7 +453,7 @@ def token_log_probs(model, prompts, responses):
 
 def micro_batches(model, responses):
     """Yields lists of responses of similar length, each of at most MICRO_BATCH_TOKENS tokens, padding included. On a
-    CPU, one more pass costs as much as 100 tokens of padding; on a GPU, which it hardly fills, as 1,000 or more."""
+    CPU, one more pass costs as much as 100 tokens of padding; on a GPU, which it hardly fills, we reckon with 1,000."""
     stretch = 1.3 if model.device.type == "cpu" else 2  # the longest response is at most so many times the shortest
     lengths, batch = {response: len(response.question.prompt) + len(response.tokens) for response in responses}, []
     for response in sorted(responses, key=lengths.get):
@@ -536,13 +536,15 @@ def new_cache(model):
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
     """A layer of the cache with room for a stage of tokens: without it, each token would copy all that come before."""
 
-    room = None  # keys and values, (B, heads, length, H) each, of a length that is more than what is kept in them
+    room = None  # for keys and for values: (B, heads, tokens kept and tokens to come, head size) each
 
     def update(self, keys, values, *rest, **more):
         start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
         if self.room is None or self.room[0].shape[2] < end:
-            both = super().update(keys, values)
-            self.room = [torch.nn.functional.pad(part, (0, 0, 0, DECODE_STAGE)) for part in both]
+            after = [part.new_empty(*part.shape[:2], DECODE_STAGE, part.shape[3]) for part in (keys, values)]
+            self.room = [torch.cat(parts, 2) for parts in zip((self.keys, self.values), (keys, values), after)]
         else:
             for room, part in zip(self.room, (keys, values)):
                 room[:, :, start:end] = part

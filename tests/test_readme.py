@@ -114,6 +114,7 @@ def test_links_lead_somewhere(name):
 MADE = set("training_metrics.png checkpoint.pt run.db train_script.py constants.py step_14/ verl_run/".split())
 # Other programs', a run's, or a part of a name.
 THEIRS = {"eval/", "NAME", "checkpoint.previous.pt", "WANDB_MODE=offline", "get_soft_overlong_punishment"}
+THEIRS |= {"PYTORCH_ALLOC_CONF=expandable_segments:True"}
 
 
 @pytest.mark.parametrize("name", FILES)

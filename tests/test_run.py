@@ -106,17 +106,23 @@ def test_without_num_steps_it_goes_through_the_data(main, settings, no_pictures,
     assert (tmp_path / "run/epoch_2").is_dir()
 
 
-def out_of_memory(*parts, **others):
-    raise torch.OutOfMemoryError("not one byte")
-
-
 @pytest.mark.parametrize(
-    "place, constant, value",
-    [("new_cache", "GENERATION_BATCH", 1024), ("policy_loss", "MICRO_BATCH_TOKENS", 16384)],
+    "place, constant, value, failure",
+    [
+        ("new_cache", "GENERATION_BATCH", 1024, torch.OutOfMemoryError("CUDA out of memory.")),
+        ("policy_loss", "MICRO_BATCH_TOKENS", 16384, torch.OutOfMemoryError("CUDA out of memory.")),
+        ("policy_loss", "MICRO_BATCH_TOKENS", 16384, MemoryError()),
+        ("policy_loss", "MICRO_BATCH_TOKENS", 16384, RuntimeError("DefaultCPUAllocator: can't allocate memory: you")),
+        ("policy_loss", "MICRO_BATCH_TOKENS", 16384, RuntimeError("CUDA error: out of memory")),
+        ("policy_loss", "MICRO_BATCH_TOKENS", 16384, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")),
+    ],
 )
 def test_when_memory_runs_out_it_names_the_constant_to_lower_and_then_resumes(
-    place, constant, value, main, settings, chance, no_pictures, monkeypatch, tmp_path, capsys
+    place, constant, value, failure, main, settings, chance, no_pictures, monkeypatch, tmp_path, capsys
 ):
+    def out_of_memory(*parts, **others):
+        raise failure
+
     settings += ["--CHECKPOINT_EVERY=1", "--EVAL_EVERY=5"]
     main([*settings, "--NUM_STEPS=1"])
     capsys.readouterr()

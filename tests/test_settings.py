@@ -3,6 +3,7 @@
 import os
 import platform
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -198,3 +199,35 @@ def test_a_device_may_change_and_is_on_record(main, settings, interrupted, monke
     main([*settings, "--DEVICE="])
     assert recorded(interrupted) == [1, 2]
     assert (1, "''") in rows(interrupted, "SELECT step, value FROM constants WHERE name = 'DEVICE'")
+
+
+def test_a_gpu_that_cannot_be_used_is_refused(main, settings, monkeypatch, capsys):
+    """As torch for CUDA has it, where there is no driver."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: not check_available and "cuda" or None
+    )
+    with pytest.raises(SystemExit) as stop:
+        main([*settings, "--DEVICE=cuda"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: DEVICE=cuda is out of range") and error.count("\n") == 1
+
+
+SPY = """
+import os, sys
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Finder)
+import dapo
+"""
+
+
+@pytest.mark.parametrize("own", [None, "5"])
+def test_when_torch_is_imported_threads_are_told_not_to_keep_a_core_while_they_wait(own):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment |= {"GOMP_SPINCOUNT": own} if own else {}
+    said = subprocess.run([sys.executable, "-c", SPY], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert said.stdout.split()[0] == (own or "1000"), said.stderr

@@ -3,11 +3,12 @@
 import itertools
 import math
 import random
+import runpy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, response
+from conftest import ROOT, load, response
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -198,16 +199,22 @@ def test_micro_batches_hold_little_padding(set_constants):
     assert len(batches) < 15
 
 
-def test_on_a_gpu_a_mini_batch_takes_few_passes(set_constants):
-    """It is idle in short ones: at the sizes of recipes/gsm8k.py, 2.8 of them instead of 4.2, 1.7 without padding."""
-    set_constants(MICRO_BATCH_TOKENS=4096)
-    chance, passes = random.Random(0), {"cpu": 0, "cuda": 0}
+@pytest.mark.parametrize(
+    "recipe, responses, typical, spread, on_cpu, on_gpu",
+    [("gsm8k", 16, 250, 0.5, (410, 440), (280, 300)), ("dapo_math", 64, 900, 0.8, (1000, 1060), (750, 800))],
+)
+def test_on_a_gpu_a_mini_batch_takes_few_passes(recipe, responses, typical, spread, on_cpu, on_gpu, set_constants):
+    """It is idle in short ones. So 100 mini-batches of a recipe take fewer, of lengths that are made up, log-normal."""
+    constants = runpy.run_path(str(ROOT / f"recipes/{recipe}.py"))
+    set_constants(MICRO_BATCH_TOKENS=constants["MICRO_BATCH_TOKENS"])
+    chance, passes, longest = random.Random(0), {"cpu": 0, "cuda": 0}, constants["MAX_RESPONSE_LENGTH"]
     for _ in range(100):
-        lengths = [min(768, int(chance.lognormvariate(5.5, 0.5))) + int(chance.gauss(135, 40)) for _ in range(16)]
+        lengths = [min(longest, int(chance.lognormvariate(math.log(typical), spread))) for _ in range(responses)]
+        lengths = [length + int(chance.gauss(140, 40)) for length in lengths]
         mini_batch = [response(tokens=[4] * length) for length in lengths]
         for device in passes:
             passes[device] += len(list(dapo.micro_batches(SimpleNamespace(device=torch.device(device)), mini_batch)))
-    assert 270 < passes["cuda"] < 290 and 400 < passes["cpu"] < 430
+    assert on_cpu[0] < passes["cpu"] < on_cpu[1] and on_gpu[0] < passes["cuda"] < on_gpu[1]
 
 
 def test_logits_are_made_in_chunks(make_folder, tokenizer, set_constants, monkeypatch):
