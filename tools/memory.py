@@ -3,10 +3,10 @@
     python -m tools.memory recipes/gsm8k.py
     python -m tools.memory recipes/gsm8k.py --GENERATION_BATCH=512
 
-We estimate it from the model's configuration alone, for models built like Llama and Qwen2. Qwen3 and Gemma, with more
-norms and wider heads, keep more for the backward pass. tests/test_memory.py holds the estimate against what a step of
-small models really allocates (CPU, fp32 and bf16). CUDA itself takes about half a GiB more, and torch leaves some 10 %
-between its tensors.
+We estimate it from the model's configuration alone, for models built like Llama and Qwen2, on a GPU with bf16
+arithmetic. Others (T4, V100) need more; and Qwen3 and Gemma, with more norms and wider heads, keep more for the backward
+pass. tests/test_memory.py holds the estimate against what a step of small models really allocates (CPU, fp32 and bf16).
+CUDA itself takes about half a GiB more, and torch leaves some 10 % between its tensors.
 """
 
 import sys  # noqa: I001  (dapo first: it imports pyarrow, which has to come before torch on Windows)
