@@ -137,8 +137,13 @@ def run(command, seconds):
             process.wait()
         output.seek(0)
         lines = output.read().splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith('{"')]
-    return {"ending": ending, "rows": rows, "lines": [line[:300] for line in lines if not line.startswith('{"')][-30:]}
+    rows, others = [], []
+    for line in lines:
+        try:
+            rows.append({"": json.loads(line)[""]} | json.loads(line))
+        except (ValueError, LookupError, TypeError):  # what others print, and half a line of a part that was killed
+            others.append(line[:300])
+    return {"ending": ending, "rows": rows, "lines": others[-30:]}
 
 
 def sheet(parts, results, facts):

@@ -14,7 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": CACHE.name, "OMP_NUM_
 # GPUs are for test_cuda.py alone. It is told which ones by a variable, since xdist's workers are started after this.
 GPUS = os.environ.setdefault("HIDDEN_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 GPUS = None if GPUS == "all" else GPUS  # None: CUDA_VISIBLE_DEVICES was not set
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # Windows would take "" for nothing
 
 import dapo  # noqa: E402, I001  (first: pyarrow has to come before torch on Windows)
 import pyarrow.parquet  # noqa: E402

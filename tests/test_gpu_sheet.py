@@ -1,5 +1,7 @@
 """benchmarks/gpu.py: whatever becomes of a part, the sheet has the others and says what became of it."""
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -7,24 +9,28 @@ import time
 import pytest
 from conftest import ROOT
 
+if not hasattr(os, "killpg"):
+    pytest.skip("benchmarks/gpu.py needs process groups, which Windows lacks", allow_module_level=True)
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 
 HANGS = """
 import subprocess, sys, time
 print('{"": "generate", "tokens a second": 150.0}', flush=True)
-print("sampling", flush=True)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(4); open(PATH, 'w')"])
+print("sampling\\n{\\"message\\": \\"a library's\\"}\\n{\\"\\": \\"half a li", flush=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(25); open(PATH, 'w')"])
 time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_loses_only_its_own_figures(tmp_path, monkeypatch):
     child, sheet, copy = tmp_path / "child", tmp_path / "out/sheet.md", tmp_path / "copy"
     programs = {
         "model": (1, 60, "print(open('dapo.py').readline())"),
         "recipe": (1, 60, "import sys; sys.exit('out of luck')"),
-        "sampling": (2, 2, HANGS.replace("PATH", repr(str(child)))),
+        "sampling": (2, 20, HANGS.replace("PATH", repr(str(child)))),
         "static": (2, 60, """print('{"": "dapo.sample_tokens", "tokens a second": 450.0}')"""),
         "floor": (3, 60, f"import shutil; shutil.copy({str(sheet)!r}, {str(copy)!r})"),
     }
@@ -34,13 +40,13 @@ def test_a_part_that_fails_or_hangs_loses_only_its_own_figures(tmp_path, monkeyp
     gpu.measure_all(parts, gpu.MINUTES, sheet, {"GPU": "none"})
     text = sheet.read_text()
     assert "- GPU: none\n" in text and "- still running:" not in text
-    assert "\nmodel took 0 s\n\nrecipe failed with exit status 1\n\n    out of luck\n" in text
+    assert re.search(r"\nmodel took \d+ s\n\nrecipe failed with exit status 1\n\n    out of luck\n", text)
     assert "| generate | 150 | 1 |\n| dapo.sample_tokens | 450 | 3 |\n" in text
-    assert "\nsampling failed: its 2 s were over\n\n    sampling\n\nstatic took 0 s\n" in text
+    assert "\nsampling failed: its 20 s were over\n\n    sampling\n" in text and '    {"": "half a li\n' in text
     assert "| tokens a second: dapo.sample_tokens / generate | 3 | 4 | missed by 25% |" in text
     assert "| s a step: TRL / dapo.py |  | 2 | not measured |" in text
-    assert "- still running: floor\n" in (meanwhile := copy.read_text()) and "\nstatic took 0 s\n" in meanwhile
-    time.sleep(max(0, start + 7 - time.monotonic()))
+    assert "- still running: floor\n" in (meanwhile := copy.read_text()) and "\nstatic took " in meanwhile
+    time.sleep(max(0, start + 30 - time.monotonic()))
     assert not child.exists()
 
 

@@ -111,6 +111,7 @@ def test_without_num_steps_it_goes_through_the_data(main, settings, no_pictures,
     [
         ("new_cache", "GENERATION_BATCH", 1024, torch.OutOfMemoryError("CUDA out of memory.")),
         ("policy_loss", "MICRO_BATCH_TOKENS", 16384, torch.OutOfMemoryError("CUDA out of memory.")),
+        ("new_cache", "GENERATION_BATCH", 1024, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when")),
         ("policy_loss", "MICRO_BATCH_TOKENS", 16384, MemoryError()),
         ("policy_loss", "MICRO_BATCH_TOKENS", 16384, RuntimeError("DefaultCPUAllocator: can't allocate memory: you")),
         ("policy_loss", "MICRO_BATCH_TOKENS", 16384, RuntimeError("CUDA error: out of memory")),

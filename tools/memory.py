@@ -4,7 +4,7 @@
     python -m tools.memory recipes/gsm8k.py --GENERATION_BATCH=512
 
 We estimate it from the model's configuration alone, for models built like Llama and Qwen2, on a GPU with bf16
-arithmetic. Others (T4, V100) need more; and Qwen3 and Gemma, with more norms and wider heads, keep more for the backward
+arithmetic. Others (T4, V100) need more; Qwen3 and Gemma, with more norms and wider heads, keep more for the backward
 pass. tests/test_memory.py holds the estimate against what a step of small models really allocates (CPU, fp32 and bf16).
 CUDA itself takes about half a GiB more, and torch leaves some 10 % between its tensors.
 """
@@ -37,7 +37,7 @@ def memory(config, parameters, half=True):
         "two moments of AdamW, fp32": (8 * parameters, 8 * parameters),
         "base model, fp32": (4 * parameters, 4 * parameters) if dapo.KL_COEF else (0, 0),
         "weights once more, in bf16": (2 * parameters, 2 * parameters) if half else (0, 0),
-        "key-value cache": (rows * length * pair * (layers + 1), 0),  # one layer's twice, when a token is added
+        "key-value cache": (rows * length * pair * (layers + 1), 0),  # one layer's twice, as it gets more room
         "layers, kept for the backward pass": (0, tokens * kept),
         "logits": (12 * rows * config.vocab_size, 24 * dapo.LOGITS_CHUNK),
     }
