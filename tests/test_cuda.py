@@ -238,7 +238,7 @@ def gpu(tmp_path_factory):
 def test_on_a_gpu(check, gpu, tmp_path):
     environment, memory, lock = gpu
     if "recipe" in check:
-        environment = environment | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as in the recipe's command
+        environment = environment | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as the recipe advises
         if memory < CARD:
             pytest.skip(f"the recipe is for a GPU of 24 GB, and this one has {memory / GIB:.1f} GiB")
     with lock:
