@@ -541,9 +541,10 @@ class RoomyLayer(transformers.cache_utils.DynamicLayer):
     room = None  # for keys and for values: (B, heads, tokens kept and tokens to come, head size) each
 
     def update(self, keys, values, *rest, **more):
-        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+        start = self.get_seq_length()
+        end = start + keys.shape[2]
         if self.room is None or self.room[0].shape[2] < end:
             after = [part.new_empty(*part.shape[:2], DECODE_STAGE, part.shape[3]) for part in (keys, values)]
             self.room = [torch.cat(parts, 2) for parts in zip((self.keys, self.values), (keys, values), after)]
@@ -748,7 +749,7 @@ def check(model, questions, held_out):
     if largest >= size:
         fail(f"MODEL={MODEL} has {size} tokens, and its tokenizer makes token {largest} of a question")
     with explained(f"MODEL={MODEL}: {type(model).__name__} cannot be trained here"):
-        sampling_gap(model, [question.prompt for question in held_out], min(2 * DECODE_STAGE, MAX_RESPONSE_LENGTH))
+        sampling_gap(model, [question.prompt for question in held_out], limit=2 * DECODE_STAGE)
     if model.device.type == "cuda" and arithmetic(model) is torch.float32:
         say("this GPU has no bf16 arithmetic of its own: we compute in fp32, which takes more time and memory")
     if shared := len({question.text for question in questions} & {question.text for question in held_out}):
@@ -756,15 +757,16 @@ def check(model, questions, held_out):
 
 
 @torch.no_grad()
-def sampling_gap(model, prompts, limit=None):
+def sampling_gap(model, prompts, limit=256):
     """|log-probability with which a token was sampled - log-probability that token_log_probs gives it|, for each of the
-    N tokens of responses to the 4 shortest prompts, which have the most padding, and to the 4 longest: (N,).
+    N tokens of responses to the 4 shortest prompts, which have the most padding, and the 4 longest: (N,). Each response
+    has at most `limit` tokens.
 
     Exact arithmetic would give 0. Where the gap is more than a rounding error, the model's cache or output layer works
     in a way that we do not know, and the model is refused."""
     set_seed("sampling gap")
     prompts = sorted(prompts, key=len)
-    prompts, gaps = prompts[:4] + prompts[-4:], []
+    prompts, gaps, limit = prompts[:4] + prompts[-4:], [], min(limit, MAX_RESPONSE_LENGTH)
     if not token_log_probs(model, [prompt[:1] for prompt in prompts], prompts)[0].isfinite().all():
         fail(f"MODEL={MODEL}: its probabilities are not finite: {ADVICE}")
     drawn = [[] for _ in prompts]
@@ -1118,7 +1120,7 @@ clip_fraction grad_norm time""".split()
 
 def evaluate(model, tokenizer, questions):
     """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
-    gaps = sampling_gap(model, [question.prompt for question in questions], min(256, MAX_RESPONSE_LENGTH))
+    gaps = sampling_gap(model, [question.prompt for question in questions])
     set_seed("evaluation")
     greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
     metrics = {

@@ -139,10 +139,10 @@ def run(command, seconds):
         lines = output.read().splitlines()
     rows, others = [], []
     for line in lines:
-        try:
-            rows.append({"": json.loads(line)[""]} | json.loads(line))
-        except (ValueError, LookupError, TypeError):  # what others print, and half a line of a part that was killed
-            others.append(line[:300])
+        row = None
+        with contextlib.suppress(ValueError):  # what others print, and half a line of a part that was killed
+            row = json.loads(line)
+        rows.append(row) if isinstance(row, dict) and "" in row else others.append(line[:300])
     return {"ending": ending, "rows": rows, "lines": others[-30:]}
 
 
@@ -219,7 +219,7 @@ def main():
 
 def measure_on(options):
     if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     facts = {
         "command": f"python benchmarks/gpu.py {' '.join(sys.argv[1:])}",
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",

@@ -203,9 +203,8 @@ def test_a_device_may_change_and_is_on_record(main, settings, interrupted, monke
 
 def test_a_gpu_that_cannot_be_used_is_refused(main, settings, monkeypatch, capsys):
     """As torch for CUDA has it, where there is no driver."""
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda check_available=False: not check_available and "cuda" or None
-    )
+    built_for = lambda check_available=False: None if check_available else "cuda"  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
     with pytest.raises(SystemExit) as stop:
         main([*settings, "--DEVICE=cuda"])
     error = capsys.readouterr().err

@@ -88,7 +88,7 @@ def sample(path, questions):
     dapo.MODEL = path
     dapo.say(f"{path} answers {len(questions)} questions")
     model, tokenizer = dapo.load_model(path)
-    dapo.sampling_gap(model, [q.prompt for q in questions], min(256, dapo.MAX_RESPONSE_LENGTH))  # refuses it, if wrong
+    dapo.sampling_gap(model, [question.prompt for question in questions])  # refuses a model that is sampled wrong
     dapo.set_seed("evaluation")
     greedy, sampled = dapo.sample_groups(model, tokenizer, questions, 1, greedy=True), []
     if dapo.EVAL_SAMPLES > 1:
