@@ -1,10 +1,12 @@
 """tools/verl.py: what it writes, and where verl is installed, what verl itself makes of it."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -13,9 +15,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, load
+from transformers import AutoTokenizer
 
 import dapo
-from tools.verl import GPUS, argument, hydra, overrides
+from tools.verl import GPUS, NEEDED_TOKENS, argument, hydra, missing_tokens, overrides, warnings
 from tools.verl import main as hand_over_to_verl
 
 RECIPES = ("gsm8k", "dapo_math", "paper")
@@ -94,9 +97,11 @@ def test_each_constant_changes_its_own_keys():
     assert changed(EVAL_SAMPLES=4, TEMPERATURE=0.5)["do_sample"] is True
     assert "val_kwargs.temperature" not in str(changed(TEMPERATURE=0.5))
     assert changed(SAVE_EVERY=6) == {"save_freq": 6, "max_actor_ckpt_to_keep": None}
-    assert changed(WARMUP_STEPS=1) == {"lr_warmup_steps": 0}  # one step of warm-up is none
+    assert changed(MAX_PROMPT_LENGTH=100) == {"max_prompt_length": 100, "max_model_len": 100 + 96}
     assert changed(KL_COEF=0.02) == {"use_kl_loss": True, "kl_loss_coef": 0.02}
     assert changed(MICRO_BATCH_TOKENS=100) == {"ppo_max_token_len_per_gpu": 256 + 96}  # of the longest response
+    short = dapo.CONSTANTS | dict(MICRO_BATCH_TOKENS=10, MAX_PROMPT_LENGTH=20, MAX_RESPONSE_LENGTH=30)
+    assert overrides(short)["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] == 128  # verl's padding rows
     assert changed(OVERLONG_BUFFER_LENGTH=0) == {"enable": False, "len": 0}
     assert changed(REWARD=score) == {"path": "$here/test_verl.py", "name": "score"}
     assert changed(OUTPUT_DIR="/data/x") == {"default_local_dir": "/data/x", "experiment_name": "x"}
@@ -131,9 +136,60 @@ def test_what_no_constant_decides():
         "reward.reward_manager.name": "dapo", "data.filter_overlong_prompts": True, A + "actor.use_dynamic_bsz": True,
         A + "actor.kl_loss_type": "low_var_kl", A + "actor.shuffle": True, A + "rollout.name": "vllm",
         A + "rollout.top_k": -1, A + "rollout.top_p": 1.0, A + "rollout.val_kwargs.top_k": -1,
-        A + "rollout.val_kwargs.top_p": 1.0, A + "actor.optim.lr_scheduler_type": "constant",
+        A + "rollout.val_kwargs.top_p": 1.0, A + "actor.strategy": "fsdp2", "trainer.logger": ["console", "file"],
     }.items() <= found.items()  # fmt: skip
     assert found[A + "actor.clip_ratio_c"] > 2.72**20  # past where the ratio itself is held
+
+
+def said_of(questions=6000, environment=None, **constants):
+    return list(warnings(dapo.CONSTANTS | constants, questions, environment or {}))
+
+
+def test_sizes_that_verl_stumbles_over_are_named():
+    """With the numbers of workers that would do; the defaults are fine."""
+    assert said_of() == said_of(environment={"GPUS": "4", "NODES": "4"}) == []
+    (line,) = said_of(environment={"GPUS": "4", "NODES": "8"})  # 2 questions of 8 responses, 32 workers
+    assert "BATCH_SIZE=32, MINI_BATCHES=16, GROUP_SIZE=8: a mini-batch has 16 responses" in line
+    assert "32 workers (GPUS=4, NODES=8)" in line and "1 or 2 or 4 or 8 or 16" in line
+    (line,) = said_of(GROUP_SIZE=6)
+    assert "12 responses" in line and "8 workers (GPUS=8, NODES=1)" in line
+    (line,) = said_of(BATCH_SIZE=30, MINI_BATCHES=4)  # 7.5 questions
+    assert "verl makes 4 mini-batches of 8 questions, and fills up the last one" in line
+    (line,) = said_of(BATCH_SIZE=10, MINI_BATCHES=6)
+    assert "verl makes 5 mini-batches of 2 questions" in line
+    (line,) = said_of(questions=31)
+    assert "TRAIN_DATASETS has 31 questions" in line and "BATCH_SIZE=32" in line and not said_of(questions=32)
+
+
+def test_run_sh_refuses_what_would_hang(hand_over):
+    """In one line and before verl is asked, which this environment need not have."""
+
+    def run(**environment):
+        done = subprocess.run(
+            ["bash", str(folder / "run.sh")], env=os.environ | environment, capture_output=True, text=True
+        )
+        return done.returncode, done.stderr.splitlines()[0]
+
+    folder = hand_over("--GROUP_SIZE=6")  # 12 responses in a mini-batch
+    assert run() == (2, "error: GPUS=8 times NODES=1 does not divide the 12 responses of a mini-batch")
+    assert run(GPUS="5", NODES="2") == (
+        2,
+        "error: GPUS=5 times NODES=2 does not divide the 12 responses of a mini-batch",
+    )
+    wrong = "error: of TENSOR_PARALLEL=4 and GPUS=6 one has to divide the other"
+    assert run(GPUS="6", NODES="2", TENSOR_PARALLEL="4") == (2, wrong)
+
+
+def test_a_model_without_the_tokens_that_verl_needs(hand_over, make_folder, capsys):
+    folder = make_folder()
+    hand_over(f"--MODEL={folder}")
+    assert "<|im_end|>" not in capsys.readouterr().out
+    for name in "tokenizer.json", "tokenizer_config.json", "chat_template.jinja":
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("<|im_end|>", "<|over|>"))
+    hand_over(f"--MODEL={folder}")
+    said = capsys.readouterr().out
+    assert f"MODEL={folder} is of type qwen2" in said and "needs the token <|im_end|>" in said
 
 
 @pytest.mark.parametrize(
@@ -180,6 +236,50 @@ def test_a_folder_that_cannot_be_written(rows, main, tmp_path, capsys):
     assert end.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
+def write_metrics(folder, start, *lines):
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps({"step": step, "data": data}) + "\n" for step, data in lines)
+    (folder / f"metrics_2026_{start}.jsonl").write_text(text)
+
+
+def read_back(folder):
+    hand_over_to_verl(["--read", str(folder)])
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
+        return {(step, name): value for step, name, value in db.execute("SELECT step, name, value FROM metrics")}
+
+
+def test_verls_metrics_are_read_by_our_names(hand_over, capsys):
+    """By hand: two data sources, of 2 questions and of 1; lengths below the limit of 96 and at it; a line half written."""
+    folder = hand_over()
+    sources = ["a", "a", "b.c/1"]
+    pyarrow.parquet.write_table(pyarrow.table({"data_source": sources}), folder / "test.parquet")
+    trained = {"critic/score/mean": -0.5, "response_length/clip_ratio": 0.25, "timing_s/step": 2.0, "other": 7}
+    held_out = {"val-core/a/acc/mean@1": 0.5, "val-core/b.c/1/acc/mean@1": 1.0, "val-aux/a/acc/mean@1": 9}
+    write_metrics(folder, 1, (0, held_out), (1, trained | {"response_length/max": 95}))
+    found = read_back(folder)
+    assert found[0, "eval/accuracy"] == pytest.approx(2 / 3)
+    assert found[1, "truncated_fraction"] == 0 and found[1, "reward/mean"] == -0.5 and found[1, "time/step"] == 2
+    assert len(found) == 5 and "metrics of 2 steps" in capsys.readouterr().out
+
+    sampled = {"val-core/a/acc/mean@4": 0.25, "val-core/a/acc/best@4/mean": 1.0, "val-core/b.c/1/acc/mean@4": 0.25}
+    write_metrics(folder, 2, (1, sampled), (2, trained | {"response_length/max": 96}))
+    with (folder / "metrics_2026_2.jsonl").open("a") as file:
+        file.write('{"step": 3, "da')
+    resumed = read_back(folder)
+    assert resumed[2, "truncated_fraction"] == 0.25 and resumed[1, "eval/avg@4"] == pytest.approx(0.25)
+    assert found.items() <= resumed.items() and max(step for step, _ in resumed) == 2
+    write_metrics(folder, 3, (0, held_out))  # begun anew
+    assert {step for step, _ in read_back(folder)} == {0}
+
+
+def test_nothing_to_read(hand_over, tmp_path, capsys):
+    for folder in tmp_path, hand_over():
+        with pytest.raises(SystemExit) as end:
+            hand_over_to_verl([f"--read={folder}"])
+        assert end.value.code == 2 and f"--read {folder}: verl's metrics cannot be read" in capsys.readouterr().err
+        assert not (folder / "run.db").exists()
+
+
 @pytest.fixture
 def verl():
     return pytest.importorskip("verl", reason="verl is not installed: pip install verl==0.9.1 in its own environment")
@@ -187,7 +287,7 @@ def verl():
 
 def composed(folder, *more):
     """run.sh's settings as verl's trainer reads them: `bash run.sh --cfg job` prints them."""
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "GPUS": "3"}
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "GPUS": "2"}
     command = ["bash", str(folder / "run.sh"), *more, "--cfg", "job"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -212,7 +312,7 @@ def test_verl_accepts_every_key(recipe, verl, hand_over, tmp_path):
         found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
         expected = str(value).replace("$here", str(folder)) if isinstance(value, str) else value
         assert str(value).startswith("${") or found == expected, key
-    assert config.trainer.n_gpus_per_node == 3 and config.trainer.nnodes == 1
+    assert config.trainer.n_gpus_per_node == 2 and config.trainer.nnodes == 1
     validate_config(config, need_reference_policy(config), need_critic(config))
 
 
@@ -280,3 +380,47 @@ def test_verl_gives_the_same_rewards(verl, hand_over, make_folder):
 
     assert asyncio.run(all_of_verls()) == pytest.approx(ours)
     assert len({round(reward, 3) for reward in ours}) > 8
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_verl_warms_up_as_we_do(steps, verl, hand_over, set_constants):
+    """Its scheduler, as its engine makes it from run.sh."""
+    from types import SimpleNamespace
+
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    config = composed(hand_over(f"--WARMUP_STEPS={steps}"))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.actor_rollout_ref.actor.optim.lr)
+    settings = omega_conf_to_dataclass(config.actor_rollout_ref.actor.optim)
+    settings.total_training_steps = 14  # verl's trainer does that
+    engine = SimpleNamespace(optimizer_config=settings, rank=1)
+    scheduler = FSDPEngine._build_lr_scheduler(engine, optimizer)
+    rates = []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2e-5 * min(1, (step + 1) / max(1, steps)) for step in range(8)])
+
+
+@pytest.mark.parametrize("absent", [None, *NEEDED_TOKENS])
+def test_verl_needs_the_tokens_that_we_name(absent, verl, tmp_path):
+    """Its own builders, for every type of model that it knows and that does not see."""
+    from verl.utils.tokenizer import continuous_token_wiring as wiring
+
+    for file in (ROOT / "toy").glob("*token*.json"):
+        (tmp_path / file.name).write_text(file.read_text().replace("<|im_end|>", "<|over|>"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    present = [token for token in NEEDED_TOKENS if token != absent and token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(present, special_tokens=True)
+    refused = set()
+    for model_type, family in wiring._MODEL_TYPE_TO_FAMILY.items():
+        if wiring.get_continuous_token_builder_class(family).supports_multimodal():
+            continue
+        try:
+            wiring.create_continuous_token_builder(tokenizer, hf_model_type=model_type)
+        except ValueError:
+            refused.add(model_type)
+        assert (model_type in refused) == bool(missing_tokens(model_type, tokenizer)), model_type
+    assert bool(refused) == (absent not in (None, "<|user|>"))  # the toy has this one

@@ -1,30 +1,58 @@
 """Hands a run over to verl, for more than one GPU: the same constants, data, and reward in verl's form.
 
-    python -m tools.verl recipes/paper.py --out verl_run
-    GPUS=8 NODES=16 bash verl_run/run.sh
+    python -m tools.verl recipes/paper.py --out verl_run     writes the folder
+    GPUS=8 NODES=16 bash verl_run/run.sh                     trains, where verl is installed
+    python -m tools.verl --read verl_run                     puts verl's metrics into verl_run/run.db, for tools.plot
 
 The folder gets train.parquet and test.parquet, the reward function's file, and run.sh, which starts verl's trainer, and
-with it Ray, FSDP, and vLLM. It is for verl 0.9.1: tests/test_verl.py asks verl's configuration, data set class, and
-reward manager. A training run on GPUs has not been made. README lists constants, their keys, and what is left out.
+with it Ray, FSDP, and vLLM. It is for verl 0.9.1, which has run it on CPUs (tests/verl_cpu.py) and not yet on GPUs.
+docs/scaling.md lists the constants, their keys, and what is left out.
 """
 
 import argparse
+import collections
+import contextlib
 import inspect
+import json
 import math
 import os
 import re
 import shlex
 import shutil
+import sqlite3
 from pathlib import Path
 
 from pyarrow import Table, parquet
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import dapo
 
 HERE = "$here"  # in run.sh, the folder it lies in
 FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "${GPUS:-8}", "${NODES:-1}", "${TENSOR_PARALLEL:-1}"
 WITHOUT_COUNTERPART = {"RETRY_SAME_QUESTION": False, "REST_EPOCHS": 0, "USE_OVERLONG_FILTERING": False}
+
+# verl 0.9.1 looks for these in the tokenizer of a model of these types, though only tools and several turns need them.
+NEEDED_TOKENS = {
+    "<|im_end|>": "qwen2 qwen3 qwen3_moe qwen3_5 qwen3_5_moe",
+    "[e~[": "minimax minimax_text_01 minimax_m2",
+    "<|observation|>": "glm4_moe glm_moe_dsa",
+    "<|user|>": "glm4_moe glm_moe_dsa",
+    "<|tool_response>": "gemma4",
+    "<｜end▁of▁sentence｜>": "deepseek_v2 deepseek_v3 deepseek_v4",
+}
+PADDING_ROW = 128  # tokens in the rows with which verl fills a last mini-batch
+METRICS = {  # verl's name: ours
+    "critic/score/mean": "reward/mean",
+    "response_length/mean": "response_length/mean",
+    "response_length/max": "response_length/max",
+    "actor/entropy": "entropy",
+    "actor/pg_loss": "policy_loss",
+    "actor/kl_loss": "kl",
+    "actor/grad_norm": "grad_norm",
+    "timing_s/gen": "time/generate",
+    "timing_s/update_actor": "time/update",
+    "timing_s/step": "time/step",
+}
 
 
 def verl_rows(sources, split):
@@ -61,7 +89,7 @@ def overrides(c):
         "data.seed": c["SEED"],
         "actor_rollout_ref.actor.data_loader_seed": c["SEED"],
         "actor_rollout_ref.rollout.seed": c["SEED"],
-        # Length of the run. verl stops at whichever comes first; an epoch has at least one step.
+        # Length of the run: verl stops at whichever comes first.
         "trainer.total_training_steps": c["NUM_STEPS"],
         "trainer.total_epochs": c["NUM_STEPS"] or c["NUM_EPOCHS"],
         "trainer.test_freq": c["EVAL_EVERY"],
@@ -79,13 +107,14 @@ def overrides(c):
         "trainer.default_local_dir": os.path.join(HERE, c["OUTPUT_DIR"]),
         "trainer.experiment_name": Path(c["OUTPUT_DIR"]).name,
         "trainer.project_name": "dapo",
-        "trainer.logger": ["console"],
+        "trainer.logger": ["console", "file"],
         "trainer.resume_mode": "auto" if c["RESUME"] else "disable",
         # Sampling
         "data.train_batch_size": c["BATCH_SIZE"],
         "actor_rollout_ref.rollout.name": "vllm",
         "actor_rollout_ref.rollout.n": c["GROUP_SIZE"],
         "data.max_response_length": c["MAX_RESPONSE_LENGTH"],
+        "actor_rollout_ref.rollout.max_model_len": length,  # without it, a shorter model would cut responses silently
         "actor_rollout_ref.rollout.temperature": c["TEMPERATURE"],
         "actor_rollout_ref.rollout.top_p": 1.0,
         "actor_rollout_ref.rollout.top_k": -1,
@@ -113,19 +142,22 @@ def overrides(c):
         "actor_rollout_ref.actor.kl_loss_coef": c["KL_COEF"],
         "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
         "actor_rollout_ref.actor.entropy_coeff": c["ENTROPY_COEF"],
-        # Update. In verl a mini-batch is counted in questions, and the warm-up begins with a step at a rate of 0.
+        # Update. The warm-up of verl's constant rate begins with a step at 0. One step further on, and with a cosine
+        # that falls to the whole rate, it begins as ours does.
         "actor_rollout_ref.actor.optim.lr": c["LEARNING_RATE"],
-        "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
-        "actor_rollout_ref.actor.optim.lr_warmup_steps": c["WARMUP_STEPS"] if c["WARMUP_STEPS"] > 1 else 0,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": c["WARMUP_STEPS"],
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
+        "actor_rollout_ref.actor.optim.min_lr_ratio": 1.0,
+        "actor_rollout_ref.actor.optim.zero_indexed_step": False,
         "actor_rollout_ref.actor.optim.weight_decay": c["WEIGHT_DECAY"],
         "actor_rollout_ref.actor.optim.clip_grad": c["MAX_GRAD_NORM"],
         "actor_rollout_ref.actor.ppo_epochs": c["DAPO_EPOCHS"],
-        "actor_rollout_ref.actor.ppo_mini_batch_size": math.ceil(c["BATCH_SIZE"] / c["MINI_BATCHES"]),
+        "actor_rollout_ref.actor.ppo_mini_batch_size": mini_batch(c),  # in questions
         "actor_rollout_ref.actor.shuffle": True,
         "actor_rollout_ref.actor.use_dynamic_bsz": True,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(c["MICRO_BATCH_TOKENS"], length),
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": max(c["MICRO_BATCH_TOKENS"], length, PADDING_ROW),
         "actor_rollout_ref.model.enable_gradient_checkpointing": c["GRADIENT_CHECKPOINTING"],
-        "actor_rollout_ref.actor.strategy": "fsdp",
+        "actor_rollout_ref.actor.strategy": "fsdp2",
         "trainer.n_gpus_per_node": GPUS,
         "trainer.nnodes": NODES,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": TENSOR_PARALLEL,
@@ -135,6 +167,50 @@ def overrides(c):
     return found
 
 
+def mini_batch(c):
+    """Questions in a mini-batch of verl."""
+    return math.ceil(c["BATCH_SIZE"] / c["MINI_BATCHES"])
+
+
+def warnings(c, questions, environment):
+    """What verl will do otherwise than dapo.py, or stumble over, with the constants c and that many questions."""
+    for name, usual in WITHOUT_COUNTERPART.items():
+        if c[name] != usual:
+            yield f"{name}={c[name]} has no counterpart in verl: left out"
+    if questions < c["BATCH_SIZE"]:
+        yield f"TRAIN_DATASETS has {questions} questions: verl needs at least BATCH_SIZE={c['BATCH_SIZE']}"
+    sizes = f"BATCH_SIZE={c['BATCH_SIZE']}, MINI_BATCHES={c['MINI_BATCHES']}, GROUP_SIZE={c['GROUP_SIZE']}"
+    if c["BATCH_SIZE"] % c["MINI_BATCHES"]:
+        updates = math.ceil(c["BATCH_SIZE"] / mini_batch(c))
+        yield f"{sizes}: verl makes {updates} mini-batches of {mini_batch(c)} questions, and fills up the last one"
+    gpus, nodes = (int(environment.get(name, usual)) for name, usual in (("GPUS", 8), ("NODES", 1)))
+    responses = mini_batch(c) * c["GROUP_SIZE"]
+    if responses % (gpus * nodes):
+        fit = [str(workers) for workers in range(1, responses + 1) if responses % workers == 0]
+        yield (
+            f"{sizes}: a mini-batch has {responses} responses, which do not divide by {gpus * nodes} workers "
+            f"(GPUS={gpus}, NODES={nodes}); run.sh will only take {' or '.join(fit)}"
+        )
+    if os.path.isdir(model := dapo.saved_model(c["MODEL"])):
+        model_type = AutoConfig.from_pretrained(model, trust_remote_code=c["TRUST_REMOTE_CODE"]).model_type
+        for token in missing_tokens(model_type, load_tokenizer(model, c["TRUST_REMOTE_CODE"])):
+            yield (
+                f"MODEL={model} is of type {model_type}: for these, verl 0.9.1 needs the token {token} in the "
+                "tokenizer, and without it, all responses fail"
+            )
+
+
+def missing_tokens(model_type, tokenizer):
+    """The tokens that verl will miss in the tokenizer of a model of this type."""
+    known = tokenizer.get_vocab()
+    return [token for token, types in NEEDED_TOKENS.items() if model_type in types.split() and token not in known]
+
+
+def load_tokenizer(model, trust_remote_code):
+    with dapo.explained(f"MODEL={model} has no tokenizer"):
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
 def chat_template(model, trust_remote_code):
     """A chat template for a tokenizer without one, which gives the ids of dapo.read_prompt, because verl needs one.
 
@@ -142,8 +218,7 @@ def chat_template(model, trust_remote_code):
     """
     if not os.path.isdir(model):
         return None
-    with dapo.explained(f"MODEL={model} has no tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     if tokenizer.chat_template:
         return None
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -168,15 +243,23 @@ def hydra(value):
     return '"' + value.replace("${", "\\${") + '"'
 
 
-RUN = """\
-#!/usr/bin/env bash
+RUN = r"""#!/usr/bin/env bash
 # Written by tools/verl.py for verl 0.9.1, which every node needs:
 #     pip install "verl[vllm,fsdp]==0.9.1" math-verify
 # The environment sets GPUS (of each node), NODES, and TENSOR_PARALLEL (GPUs that hold one copy of the model in
 # sampling), and the command line may give further settings of verl.
 set -euo pipefail
+GPUS=${GPUS:-8} NODES=${NODES:-1} TENSOR_PARALLEL=${TENSOR_PARALLEL:-1}
+responses=RESPONSES  # in a mini-batch
 here=$(cd "$(dirname "$0")" && pwd)
-python3 -m verl.trainer.main_ppo \\
+metrics="$here/metrics_$(date +%Y%m%d_%H%M%S).jsonl"
+refuse() { echo "error: $1" >&2; exit 2; }
+[ $((responses % (GPUS * NODES))) = 0 ] ||
+    refuse "GPUS=$GPUS times NODES=$NODES does not divide the $responses responses of a mini-batch"
+[ $((GPUS % TENSOR_PARALLEL)) = 0 ] || [ $((TENSOR_PARALLEL % GPUS)) = 0 ] ||
+    refuse "of TENSOR_PARALLEL=$TENSOR_PARALLEL and GPUS=$GPUS one has to divide the other"
+python3 -m verl.trainer.main_ppo \
+    "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH=\"$metrics\"" \
 """
 
 
@@ -184,30 +267,80 @@ def main(argv=None):
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser("python -m tools.verl", description=__doc__, **form)
     parser.add_argument("--out", nargs="?", metavar="FOLDER", help="the folder to write")
+    parser.add_argument("--read", nargs="?", metavar="FOLDER", help="a folder that verl has trained in")
     options, words = parser.parse_known_args(argv)
+    if options.read:
+        return read(Path(options.read))
     if not options.out:
         dapo.fail("say where to: --out FOLDER")
     for word in dapo.read_command_line(words):
         dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
     if "solution_strs" in inspect.signature(dapo.REWARD).parameters:
         dapo.fail(f"REWARD={dapo.text_of(dapo.REWARD)} takes lists, but verl's reward manager gives it one response")
-    for name, usual in WITHOUT_COUNTERPART.items():
-        if getattr(dapo, name) != usual:
-            dapo.say(f"{name}={getattr(dapo, name)} has no counterpart in verl: left out")
     with dapo.explained(f"--out {options.out} cannot be written"):
-        write(Path(options.out), overrides(vars(dapo)))
+        write(Path(options.out), vars(dapo))
 
 
-def write(folder, settings):
+def write(folder, c):
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(inspect.getfile(dapo.REWARD), folder)
-    for split, sources in ("train", dapo.TRAIN_DATASETS), ("test", dapo.EVAL_DATASETS):
+    shutil.copy(inspect.getfile(c["REWARD"]), folder)
+    questions = {}
+    for split, sources in ("train", c["TRAIN_DATASETS"]), ("test", c["EVAL_DATASETS"]):
         rows = verl_rows(sources, split)
         parquet.write_table(Table.from_pylist(rows), folder / f"{split}.parquet")
         dapo.say(f"{folder / split}.parquet: {len(rows)} questions")
+        questions[split] = len(rows)
+    settings = overrides(c)
+    start = RUN.replace("RESPONSES", str(mini_batch(c) * c["GROUP_SIZE"]))
     lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
-    (folder / "run.sh").write_text(RUN + "".join(lines) + '    "$@"\n', encoding="utf-8")
+    (folder / "run.sh").write_text(start + "".join(lines) + '    "$@"\n', encoding="utf-8")
     dapo.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
+    for warning in warnings(c, questions["train"], os.environ):
+        dapo.say(warning)
+
+
+def read(folder):
+    """Puts verl's metrics into run.db by our names. A run that was resumed has a metrics file for each start."""
+    with dapo.explained(f"--read {folder}: verl's metrics cannot be read"):
+        held_out = parquet.read_table(folder / "test.parquet", columns=["data_source"])["data_source"].to_pylist()
+        limit = int(re.search(r"data\.max_response_length=(\d+)", (folder / "run.sh").read_text(encoding="utf-8"))[1])
+        starts = [read_lines(file) for file in sorted(folder.glob("metrics_*.jsonl"))]
+        if not any(starts):
+            raise ValueError("there is no metrics_*.jsonl with a line in it yet")
+        with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
+            for lines in filter(None, starts):
+                db.executescript(dapo.TABLES.format(step=lines[0]["step"]))
+                rows = [
+                    (line["step"], *metric) for line in lines for metric in our_metrics(line["data"], held_out, limit)
+                ]
+                db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
+                db.commit()
+    steps = {line["step"] for lines in starts for line in lines}
+    dapo.say(f"{folder / 'run.db'}: metrics of {len(steps)} steps")
+
+
+def read_lines(file):
+    """The lines of one of verl's metrics files; the last one may still be in writing."""
+    return [json.loads(line) for line in file.open(encoding="utf-8") if line.endswith("\n")]
+
+
+def our_metrics(found, held_out, limit):
+    """(name, value) of what verl has found in one step, by our names.
+
+    verl's rewards and lengths are those of the groups trained on, ours of all groups sampled. held_out: the data source
+    of each held-out question, because verl gives the accuracy on each source, and we give that on all questions.
+    limit: of the response length, because what verl counts as cut off is as long as the longest response.
+    """
+    yield from ((METRICS[name], value) for name, value in found.items() if name in METRICS)
+    if "response_length/max" in found:
+        cut_off = found["response_length/max"] >= limit
+        yield "truncated_fraction", found["response_length/clip_ratio"] if cut_off else 0
+    accuracies = collections.defaultdict(float)
+    for source, questions in collections.Counter(held_out).items():
+        for name, value in found.items():
+            if match := re.fullmatch(rf"val-core/{re.escape(source)}/acc/mean@(\d+)", name):
+                accuracies[int(match[1])] += value * questions / len(held_out)
+    yield from (("eval/accuracy" if k == 1 else f"eval/avg@{k}", value) for k, value in accuracies.items())
 
 
 if __name__ == "__main__":
