@@ -18,7 +18,7 @@ from conftest import ROOT, rows
 from test_verl import OTHER
 
 import dapo
-from tools import verl
+from tools import trl, verl
 
 FILES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 EN, ZH = FILES.values()
@@ -239,23 +239,22 @@ def test_the_number_of_architectures():
     assert f"{count} architectures" in EN and f"{count} 种架构" in ZH
 
 
-def handed_over(name):
+PAGES = [(ROOT / page).read_text(encoding="utf-8") for page in ("docs/scaling.md", "docs/zh/scaling.md")]
+
+
+def handed_over(page):
     """The rows of the table of constants in verl and TRL: [constants, code in verl's column, code in TRL's column]."""
-    table = next(prose for _, prose in sections(FILES[name]) if "GRPOConfig" in prose and "| verl |" in prose)
-    rows = [
-        line.strip("| ").split(" | ")
-        for line in table.splitlines()
-        if line.startswith("| `") and "recipes/" not in line
-    ]
+    table = next(prose for _, prose in sections(page) if "GRPOConfig" in prose and "| verl |" in prose)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
     return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_keys_of_verl_are_those_that_a_constant_changes(name, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
+def test_the_keys_of_verl_are_those_that_a_constant_changes(page, monkeypatch):
     """And of every constant it is said what becomes of it."""
     monkeypatch.setattr(verl, "chat_template", lambda *_: None)  # which is no constant's
     named = []
-    for constants, keys, _ in handed_over(name):
+    for constants, keys, _ in handed_over(page):
         named += constants
         changed = set()
         for constant in constants:
@@ -267,12 +266,15 @@ def test_the_keys_of_verl_are_those_that_a_constant_changes(name, monkeypatch):
     assert sorted(named) == sorted(dapo.CONSTANTS)
 
 
-def test_trl_accepts_the_arguments():
-    """What the table says, worked out with dapo.py's constants, is a GRPOConfig; it samples a whole batch at a time."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    spans = [span for _, _, column in handed_over("README.md") for span in column]
+@pytest.mark.parametrize("page", PAGES, ids=["en", "zh"])
+@pytest.mark.parametrize("constants", [{}, {name: OTHER[name] for name in ("SAVE_EVERY", "WARMUP_STEPS", "KL_COEF")}])
+def test_the_arguments_of_trl_are_those_of_the_tool(page, constants):
+    """What the table says, worked out with the constants. Checkpointing is dapo.load_model's there."""
+    constants = dapo.CONSTANTS | constants
+    spans = [span for _, _, column in handed_over(page) for span in column]
     pairs = [re.fullmatch(r"(\w+)=(.+)", span) for span in spans]
-    arguments = {pair[1]: eval(pair[2], vars(dapo).copy()) for pair in pairs if pair}
-    config = trl.GRPOConfig(**arguments, bf16=False, use_cpu=True)
-    assert len(arguments) > 20 and config.generation_batch_size == dapo.BATCH_SIZE * dapo.GROUP_SIZE
-    assert config.max_steps == dapo.NUM_STEPS * dapo.MINI_BATCHES * dapo.DAPO_EPOCHS
+    said = {pair[1]: eval(pair[2], constants.copy()) for pair in pairs if pair}
+    made = trl.arguments(constants)
+    assert said == {name: made[name] for name in said} and len(said) > 25
+    others = "use_cpu bf16 report_to logging_steps eval_strategy eval_on_start per_device_eval_batch_size".split()
+    assert made.keys() - said.keys() == {*others, "disable_dropout", "router_aux_loss_coef"}

@@ -249,7 +249,7 @@ def read_back(folder):
 
 
 def test_verls_metrics_are_read_by_our_names(hand_over, capsys):
-    """By hand: two data sources, of 2 questions and of 1; lengths below the limit of 96 and at it; a line half written."""
+    """By hand: sources of 2 questions and of 1, lengths below and at the limit of 96, and a line half written."""
     folder = hand_over()
     sources = ["a", "a", "b.c/1"]
     pyarrow.parquet.write_table(pyarrow.table({"data_source": sources}), folder / "test.parquet")
