@@ -94,21 +94,23 @@ def test_what_cannot_begin_is_said_in_one_line(constants, monkeypatch, tmp_path,
     assert "TRL is not installed: pip install trl==1.16.0" in refused([], capsys)
     monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(GRPOConfig=None, GRPOTrainer=None))
     (tmp_path / "model.safetensors").touch()
-    assert "holds something already" in refused([f"--OUTPUT_DIR={tmp_path}"], capsys)
+    assert "exists already" in refused([f"--OUTPUT_DIR={tmp_path}"], capsys)
     assert [*tmp_path.iterdir()] == [tmp_path / "model.safetensors"]
-    assert "has to divide by" in refused(["--BATCH_SIZE=31", f"--OUTPUT_DIR={tmp_path / 'new'}"], capsys)
+    assert "has to be a multiple of" in refused(["--BATCH_SIZE=31", f"--OUTPUT_DIR={tmp_path / 'new'}"], capsys)
 
 
 @pytest.mark.parametrize("template", [True, False])
 def test_rows_are_what_dapo_asks(template, set_constants, tokenizer, tmp_path):
-    """With a question twice, with a system message, and one that is too long."""
+    """With a question twice, two that differ in the system message alone, and one that is too long."""
     set_constants(PROMPT_TEMPLATE="Solve it: {question}" if template else "{question}", MAX_PROMPT_LENGTH=60)
     chats = [[{"role": "user", "content": text}] for text in ("1+1?", "2+2?", "1+1?", "3+3? " * 40)]
     chats[1].insert(0, {"role": "system", "content": "Be brief."})
+    chats.append([{"role": "system", "content": "Be long."}, chats[1][1]])
     (tmp_path / "q.json").write_text("\n".join(json.dumps({"prompt": chat, "answer": "2"}) for chat in chats))
     sources = [{"path": str(tmp_path / "q.json"), "type": "json", "input": "prompt", "output": "answer"}]
     found, questions = trl_rows(sources, tokenizer), dapo.load_questions(sources, tokenizer)
-    assert len(found) == len(questions) == 2 and found[1]["prompt"][0]["role"] == "system"
+    assert len(found) == len(questions) == 3
+    assert [row["prompt"][0]["content"] for row in found[1:]] == ["Be brief.", "Be long."]
     for row, question in zip(found, questions):
         ids = tokenizer.apply_chat_template([row["prompt"]], add_generation_prompt=True, return_dict=True)["input_ids"]
         assert ids == [question.prompt.tolist()]

@@ -150,11 +150,11 @@ def test_sizes_that_verl_stumbles_over_are_named():
     assert said_of() == said_of(environment={"GPUS": "4", "NODES": "4"}) == []
     (line,) = said_of(environment={"GPUS": "4", "NODES": "8"})  # 2 questions of 8 responses, 32 workers
     assert "BATCH_SIZE=32, MINI_BATCHES=16, GROUP_SIZE=8: a mini-batch has 16 responses" in line
-    assert "32 workers (GPUS=4, NODES=8)" in line and "1 or 2 or 4 or 8 or 16" in line
+    assert "32 workers (GPUS=4, NODES=8) cannot share" in line and line.endswith("has to be one of 1, 2, 4, 8, 16")
     (line,) = said_of(GROUP_SIZE=6)
     assert "12 responses" in line and "8 workers (GPUS=8, NODES=1)" in line
     (line,) = said_of(BATCH_SIZE=30, MINI_BATCHES=4)  # 7.5 questions
-    assert "verl makes 4 mini-batches of 8 questions, and fills up the last one" in line
+    assert "verl makes 4 mini-batches of 8 questions, padded" in line
     (line,) = said_of(BATCH_SIZE=10, MINI_BATCHES=6)
     assert "verl makes 5 mini-batches of 2 questions" in line
     (line,) = said_of(questions=31)
@@ -164,20 +164,32 @@ def test_sizes_that_verl_stumbles_over_are_named():
 def test_run_sh_refuses_what_would_hang(hand_over):
     """In one line and before verl is asked, which this environment need not have."""
 
-    def run(**environment):
-        done = subprocess.run(
-            ["bash", str(folder / "run.sh")], env=os.environ | environment, capture_output=True, text=True
-        )
-        return done.returncode, done.stderr.splitlines()[0]
+    def refused(folder=None, **environment):
+        environment |= {"PATH": os.environ["PATH"]}
+        command = ["bash", str((folder or written) / "run.sh")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        (line,) = done.stderr.splitlines()
+        return line.removeprefix("error: ")
 
-    folder = hand_over("--GROUP_SIZE=6")  # 12 responses in a mini-batch
-    assert run() == (2, "error: GPUS=8 times NODES=1 does not divide the 12 responses of a mini-batch")
-    assert run(GPUS="5", NODES="2") == (
-        2,
-        "error: GPUS=5 times NODES=2 does not divide the 12 responses of a mini-batch",
-    )
-    wrong = "error: of TENSOR_PARALLEL=4 and GPUS=6 one has to divide the other"
-    assert run(GPUS="6", NODES="2", TENSOR_PARALLEL="4") == (2, wrong)
+    written = hand_over("--GROUP_SIZE=6")  # 12 responses in a mini-batch
+    assert refused() == "GPUS=8 times NODES=1 does not divide the 12 responses of a mini-batch"
+    assert refused(GPUS="5", NODES="2") == "GPUS=5 times NODES=2 does not divide the 12 responses of a mini-batch"
+    assert refused(GPUS="6", NODES="2", TENSOR_PARALLEL="4") == "TENSOR_PARALLEL=4 does not divide GPUS=6"
+    assert refused(GPUS="2", TENSOR_PARALLEL="4") == "TENSOR_PARALLEL=4 does not divide GPUS=2"
+    for wrong in "0", "08", "-1", "two", "1.5":
+        assert refused(NODES=wrong) == f"NODES={wrong} has to be a whole number above 0"
+    for sign in '"', "\\", "${x}":
+        shutil.copytree(written, elsewhere := written.with_name(f"a{sign}b"))
+        assert "no folder may have" in refused(elsewhere, GPUS="2")
+
+
+def test_numbers_of_gpus_that_are_none(hand_over, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("GPUS", "many")
+    with pytest.raises(SystemExit) as end:
+        hand_over()
+    assert end.value.code == 2 and "GPUS=many in the environment" in capsys.readouterr().err
+    assert not (tmp_path / "verl run=1").exists()
 
 
 def test_a_model_without_the_tokens_that_verl_needs(hand_over, make_folder, capsys):
@@ -217,12 +229,11 @@ def test_what_the_shell_fills_in(tmp_path):
     """The folder and the environment, and nothing else; what comes out is what Hydra reads."""
     words = [argument("a", "$here/x y"), argument("b", "it's $HOME `ls` 模型"), argument("c", GPUS)]
     script = 'here="/data/my run"; printf "%s\\n" ' + " ".join(words)
-    for environment, gpus in ({"GPUS": "3"}, "3"), ({}, "8"):
-        out = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-        assert out.splitlines() == ['a="/data/my run/x y"', 'b="it\'s $HOME `ls` 模型"', f"c={gpus}"]
+    out = subprocess.run(["bash", "-c", script], env={"GPUS": "3"}, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == ['a="/data/my run/x y"', 'b="it\'s $HOME `ls` 模型"', "c=3"]
 
 
-@pytest.mark.parametrize("words", [[], ["--out"], ["--out="], ["--SEED=1"]])
+@pytest.mark.parametrize("words", [[], ["--out"], ["--out="], ["--read"], ["--SEED=1"]])
 def test_without_a_folder_it_says_so(words, capsys):
     with pytest.raises(SystemExit) as end:
         hand_over_to_verl(words)
@@ -261,7 +272,7 @@ def test_verls_metrics_are_read_by_our_names(hand_over, capsys):
     assert found[1, "truncated_fraction"] == 0 and found[1, "reward/mean"] == -0.5 and found[1, "time/step"] == 2
     assert len(found) == 5 and "metrics of 2 steps" in capsys.readouterr().out
 
-    sampled = {"val-core/a/acc/mean@4": 0.25, "val-core/a/acc/best@4/mean": 1.0, "val-core/b.c/1/acc/mean@4": 0.25}
+    sampled = {"val-core/a/acc/mean@4": 0.25, "val-core/a/acc/best@4/mean": 1.0}  # b.c/1 was too long to be asked
     write_metrics(folder, 2, (1, sampled), (2, trained | {"response_length/max": 96}))
     with (folder / "metrics_2026_2.jsonl").open("a") as file:
         file.write('{"step": 3, "da')
@@ -270,6 +281,13 @@ def test_verls_metrics_are_read_by_our_names(hand_over, capsys):
     assert found.items() <= resumed.items() and max(step for step, _ in resumed) == 2
     write_metrics(folder, 3, (0, held_out))  # begun anew
     assert {step for step, _ in read_back(folder)} == {0}
+
+
+def test_reading_goes_by_itself(capsys):
+    for more, named in (["--SEED=1"], "'--SEED=1'"), (["--out", "new"], "'new'"):
+        with pytest.raises(SystemExit) as end:
+            hand_over_to_verl(["--read", "folder", *more])
+        assert end.value.code == 2 and f"--read takes a folder and nothing else, not {named}" in capsys.readouterr().err
 
 
 def test_nothing_to_read(hand_over, tmp_path, capsys):
@@ -311,7 +329,7 @@ def test_verl_accepts_every_key(recipe, verl, hand_over, tmp_path):
         found = OmegaConf.select(config, key.lstrip("+"))
         found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
         expected = str(value).replace("$here", str(folder)) if isinstance(value, str) else value
-        assert str(value).startswith("${") or found == expected, key
+        assert str(value).startswith("$") and "/" not in value or found == expected, key
     assert config.trainer.n_gpus_per_node == 2 and config.trainer.nnodes == 1
     validate_config(config, need_reference_policy(config), need_critic(config))
 

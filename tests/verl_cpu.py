@@ -52,14 +52,18 @@ def start(folder, *more):
 
 
 if __name__ == "__main__":
-    start(*sys.argv[1:])
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    start(*sys.argv[1:])  # never returns: what is below runs in verl's processes, which import this file
 
 import ray  # noqa: E402
 import torch  # noqa: E402
 from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
 from verl.plugin.platform import PlatformRegistry  # noqa: E402
 from verl.plugin.platform.platform_cuda import PlatformCUDA  # noqa: E402
+
+# ---- A platform -----------------------------------------------------------------------------------------------------
 
 
 def nothing(*_, **__):
@@ -73,8 +77,7 @@ class CPU(PlatformCUDA):
     device_name = vendor_name = "cpu"
     device_module = types.SimpleNamespace(
         **{name: getattr(torch.cpu, name) for name in ("is_available", "device_count", "synchronize", "set_device")},
-        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated"), lambda *_: 0),
-        max_memory_reserved=lambda *_: 0,
+        **{f"{kind}memory_{what}": lambda *_: 0 for kind in ("", "max_") for what in ("allocated", "reserved")},
         mem_get_info=lambda *_: (0, 0),
         get_device_name=lambda *_: "CPU",
         empty_cache=nothing,
@@ -107,53 +110,71 @@ init_process_group = torch.distributed.init_process_group
 torch.distributed.init_process_group = lambda backend=None, **options: init_process_group(
     "gloo" if backend == "cpu:gloo,cpu:gloo" else backend, **options
 )
-# It keeps the reference model in pinned memory, which only a GPU can pin.
+# verl keeps the reference model in pinned memory, which only a GPU can pin.
 torch.distributed.fsdp.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
 
 from verl.workers.rollout import base, replica  # noqa: E402  (they ask for the platform)
 
+# ---- A server that samples, one for each training process -----------------------------------------------------------
+
+
+def server_name(rank):
+    return f"cpu_server_{rank}"
+
+
+async def later(*_, **__):
+    """What an engine on a GPU does to make room for training."""
+
 
 @ray.remote
 class Server:
-    """Holds one copy of the model and samples for verl's agent loop, in one batch all that has come in meanwhile."""
+    """Holds a copy of the model and samples for verl's agent loop: in one batch, all that has come in meanwhile."""
 
-    def __init__(self, path, length):
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    def __init__(self, path, trust_remote_code, ends, length):
+        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        self.model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        self.ends = self.model.generation_config.eos_token_id or ends
+        self.ends = [self.ends] if isinstance(self.ends, int) else self.ends
+        # Nothing else of the model's own: its top_p, say, would change what is sampled.
+        self.model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=0)
         self.length, self.waiting, self.steps = length, [], None
+        vocabulary = self.model.config.get_text_config().vocab_size
+        self.batch = max(1, 2**28 // (length * vocabulary))  # responses whose logits take 1 GiB
 
     async def generate(self, request_id, prompt_ids, sampling_params, **_):
-        response = asyncio.get_running_loop().create_future()
-        self.waiting.append((list(prompt_ids), sampling_params, response))
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((list(prompt_ids), sampling_params, future))
         await asyncio.sleep(0.05)  # for others to come in
-        if not response.done():
-            now = [entry for entry in self.waiting if entry[1] == sampling_params][:128]
-            self.waiting = [entry for entry in self.waiting if entry not in now]
-            for (_, _, response_), output in zip(now, self.sample([prompt for prompt, _, _ in now], sampling_params)):
-                response_.set_result(output)
-        return await response
+        if not future.done():  # the first to wake samples for all
+            batch = [entry for entry in self.waiting if entry[1] == sampling_params][: self.batch]
+            self.waiting = [entry for entry in self.waiting if entry not in batch]
+            prompts, _, futures = zip(*batch)
+            for each, output in zip(futures, self.sample(prompts, sampling_params)):
+                each.set_result(output)
+        return await future
 
     @torch.no_grad()
     def sample(self, prompts, params):
         """For each prompt, its response and the log-probabilities that its tokens were drawn with."""
         assert params["top_p"] == params["repetition_penalty"] == 1 and params["top_k"] == -1, params
-        heat, width = params["temperature"], max(map(len, prompts))
-        how = {"do_sample": True, "temperature": heat, "top_k": 0} if heat else {"do_sample": False}
+        temperature, width = params["temperature"], max(map(len, prompts))
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        pads = [width - len(prompt) for prompt in prompts]
         drawn = self.model.generate(
-            torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts]),
-            attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+            torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts)]),
+            attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads]),
             max_new_tokens=self.length,
             output_logits=True,
             return_dict_in_generate=True,
             **how,
         )
-        ends = torch.tensor(self.model.generation_config.eos_token_id).flatten()
-        tokens, logits = drawn.sequences[:, width:], torch.stack(drawn.logits, dim=1) / (heat or 1)
+        tokens, logits = drawn.sequences[:, width:], torch.stack(drawn.logits, dim=1) / (temperature or 1)
         logprobs = logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-        for row, ended, probs in zip(tokens.tolist(), torch.isin(tokens, ends).tolist(), logprobs.tolist()):
-            length = ended.index(True) + 1 if True in ended else len(row)
+        for ids, row in zip(tokens.tolist(), logprobs.tolist()):
+            length = next((count for count, token in enumerate(ids, 1) if token in self.ends), len(ids))
             yield replica.TokenOutput(
-                token_ids=row[:length],
-                log_probs=probs[:length] if params["logprobs"] else None,
+                token_ids=ids[:length],
+                log_probs=row[:length] if params["logprobs"] else None,
                 stop_reason="completed",
                 extra_fields={"global_steps": self.steps},
             )
@@ -163,17 +184,15 @@ class Server:
         assert not unknown, unknown
         self.steps = steps
 
-    async def idle(self, *_, **__):
-        pass
-
-    sleep = wake_up = clear_kv_cache = abort_all_requests = resume_generation = idle
+    sleep = wake_up = clear_kv_cache = abort_all_requests = resume_generation = later
 
 
 class Replica(replica.RolloutReplica):
     async def launch_servers(self):
-        self._server_address = name(self.replica_rank)
-        options = {"name": self._server_address, "max_concurrency": self.max_concurrency}
-        self._server_handle = Server.options(**options).remote(self.model_config.path, self.config.response_length)
+        self._server_address = server_name(self.replica_rank)
+        model, options = self.model_config, {"name": self._server_address, "max_concurrency": self.max_concurrency}
+        what = model.path, model.trust_remote_code, model.tokenizer.eos_token_id, self.config.response_length
+        self._server_handle = Server.options(**options).remote(*what)
         self.servers = [self._server_handle]
 
 
@@ -181,18 +200,10 @@ class Adapter(base.BaseRollout):
     """In each training process, hands the new weights to the server of the same number."""
 
     async def update_weights(self, weights, global_steps=None, **_):
-        weights = {key: tensor.detach().float().clone() for key, tensor in weights}
-        await ray.get_actor(name(os.environ["RANK"])).update.remote(weights, global_steps)
+        weights = {name: tensor.detach().float().clone() for name, tensor in weights}
+        await ray.get_actor(server_name(os.environ["RANK"])).update.remote(weights, global_steps)
 
-    async def resume(self, tags):
-        pass
-
-    async def release(self):
-        pass
-
-
-def name(rank):
-    return f"cpu_server_{rank}"
+    resume = release = later
 
 
 base._ROLLOUT_REGISTRY["cpu", "async"] = "verl_cpu.Adapter"

@@ -7,20 +7,19 @@ For TRL 1.16.0, which prints its metrics and saves the model in OUTPUT_DIR. docs
 
 import os
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import dapo  # isort: skip  (before torch, for Windows)
 import torch
 
-from tools.verl import verl_rows
+from tools.verl import chat_template, verl_rows
 
 
 def arguments(c, processes=1):
     """{argument of GRPOConfig: value} of the constants c. A step of dapo.py is `updates` steps of TRL."""
     updates, responses = c["MINI_BATCHES"] * c["DAPO_EPOCHS"], c["BATCH_SIZE"] * c["GROUP_SIZE"]
     if responses % (parts := c["MINI_BATCHES"] * processes):
-        dapo.fail(f"BATCH_SIZE * GROUP_SIZE = {responses} has to divide by MINI_BATCHES * processes = {parts}")
+        dapo.fail(f"BATCH_SIZE * GROUP_SIZE = {responses} has to be a multiple of MINI_BATCHES * processes = {parts}")
     losses = {"token-mean": "dapo", "seq-mean-token-sum": "luspo", "seq-mean-token-mean": "grpo"}
     device = torch.device(c["DEVICE"] or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     return dict(
@@ -43,9 +42,9 @@ def arguments(c, processes=1):
 
 def rows(sources, tokenizer):
     """The questions, with chat messages as their prompts, because TRL does not put text into the chat template."""
-    messages = {(row["data_source"], row["extra_info"]["question"]): row["prompt"] for row in verl_rows(sources, "")}
-    questions = dapo.load_questions(sources, tokenizer)
-    return [vars(question) | {"prompt": messages[question.source, question.text]} for question in questions]
+    read = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+    messages = {tuple(read(row["prompt"])["input_ids"]): row["prompt"] for row in verl_rows(sources, "")}
+    return [vars(q) | {"prompt": messages[tuple(q.prompt.tolist())]} for q in dapo.load_questions(sources, tokenizer)]
 
 
 def reward(tokenizer, completion_ids, text, answer, source, prompt_end, log_metric, **others):
@@ -65,10 +64,11 @@ def main(argv=None):
     with dapo.explained("TRL is not installed: pip install trl==1.16.0"):
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
-    if os.environ.get("RANK", "0") == "0" and any(Path(dapo.OUTPUT_DIR).glob("*")):
-        dapo.fail(f"OUTPUT_DIR={dapo.OUTPUT_DIR} holds something already: give this run a folder of its own")
+    if os.environ.get("RANK", "0") == "0" and os.path.exists(dapo.OUTPUT_DIR):
+        dapo.fail(f"OUTPUT_DIR={dapo.OUTPUT_DIR} exists already: give this run a folder of its own")
     config = GRPOConfig(**arguments(vars(dapo), int(os.environ.get("WORLD_SIZE", 1))))
-    policy, tokenizer = dapo.load_model(dapo.MODEL)
+    policy, tokenizer = dapo.load_model(model := dapo.saved_model(dapo.MODEL))
+    tokenizer.chat_template = tokenizer.chat_template or chat_template(model, dapo.TRUST_REMOTE_CODE)
     data = [Dataset.from_list(rows(sources, tokenizer)) for sources in (dapo.TRAIN_DATASETS, dapo.EVAL_DATASETS)]
     trainer = GRPOTrainer(policy, partial(reward, tokenizer), config, *data, processing_class=tokenizer)
     trainer.train()

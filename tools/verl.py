@@ -28,10 +28,11 @@ from transformers import AutoConfig, AutoTokenizer
 import dapo
 
 HERE = "$here"  # in run.sh, the folder it lies in
-FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "${GPUS:-8}", "${NODES:-1}", "${TENSOR_PARALLEL:-1}"
+FROM_ENVIRONMENT = GPUS, NODES, TENSOR_PARALLEL = "$GPUS", "$NODES", "$TENSOR_PARALLEL"
 WITHOUT_COUNTERPART = {"RETRY_SAME_QUESTION": False, "REST_EPOCHS": 0, "USE_OVERLONG_FILTERING": False}
 
-# verl 0.9.1 looks for these in the tokenizer of a model of these types, though only tools and several turns need them.
+# verl 0.9.1 looks for these in the tokenizer of a model of these types. Only tool calls and chats of several turns
+# need them, but it always looks.
 NEEDED_TOKENS = {
     "<|im_end|>": "qwen2 qwen3 qwen3_moe qwen3_5 qwen3_5_moe",
     "[e~[": "minimax minimax_text_01 minimax_m2",
@@ -142,8 +143,8 @@ def overrides(c):
         "actor_rollout_ref.actor.kl_loss_coef": c["KL_COEF"],
         "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
         "actor_rollout_ref.actor.entropy_coeff": c["ENTROPY_COEF"],
-        # Update. The warm-up of verl's constant rate begins with a step at 0. One step further on, and with a cosine
-        # that falls to the whole rate, it begins as ours does.
+        # Update. verl's constant rate would begin its warm-up at 0. A cosine whose lowest value is the full rate is
+        # constant, and counted one step further on, it begins as ours does.
         "actor_rollout_ref.actor.optim.lr": c["LEARNING_RATE"],
         "actor_rollout_ref.actor.optim.lr_warmup_steps": c["WARMUP_STEPS"],
         "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine",
@@ -178,25 +179,26 @@ def warnings(c, questions, environment):
         if c[name] != usual:
             yield f"{name}={c[name]} has no counterpart in verl: left out"
     if questions < c["BATCH_SIZE"]:
-        yield f"TRAIN_DATASETS has {questions} questions: verl needs at least BATCH_SIZE={c['BATCH_SIZE']}"
+        yield f"TRAIN_DATASETS has {questions} questions: verl needs BATCH_SIZE={c['BATCH_SIZE']} of them or more"
     sizes = f"BATCH_SIZE={c['BATCH_SIZE']}, MINI_BATCHES={c['MINI_BATCHES']}, GROUP_SIZE={c['GROUP_SIZE']}"
     if c["BATCH_SIZE"] % c["MINI_BATCHES"]:
         updates = math.ceil(c["BATCH_SIZE"] / mini_batch(c))
-        yield f"{sizes}: verl makes {updates} mini-batches of {mini_batch(c)} questions, and fills up the last one"
+        yield f"{sizes}: verl makes {updates} mini-batches of {mini_batch(c)} questions, padded with empty responses"
     gpus, nodes = (int(environment.get(name, usual)) for name, usual in (("GPUS", 8), ("NODES", 1)))
     responses = mini_batch(c) * c["GROUP_SIZE"]
     if responses % (gpus * nodes):
-        fit = [str(workers) for workers in range(1, responses + 1) if responses % workers == 0]
+        fit = ", ".join(str(workers) for workers in range(1, responses + 1) if responses % workers == 0)
         yield (
-            f"{sizes}: a mini-batch has {responses} responses, which do not divide by {gpus * nodes} workers "
-            f"(GPUS={gpus}, NODES={nodes}); run.sh will only take {' or '.join(fit)}"
+            f"{sizes}: a mini-batch has {responses} responses, which {gpus * nodes} workers (GPUS={gpus}, "
+            f"NODES={nodes}) cannot share equally: GPUS times NODES has to be one of {fit}"
         )
     if os.path.isdir(model := dapo.saved_model(c["MODEL"])):
-        model_type = AutoConfig.from_pretrained(model, trust_remote_code=c["TRUST_REMOTE_CODE"]).model_type
+        with dapo.explained(f"MODEL={model} has no config.json that transformers knows"):
+            model_type = AutoConfig.from_pretrained(model, trust_remote_code=c["TRUST_REMOTE_CODE"]).model_type
         for token in missing_tokens(model_type, load_tokenizer(model, c["TRUST_REMOTE_CODE"])):
             yield (
                 f"MODEL={model} is of type {model_type}: for these, verl 0.9.1 needs the token {token} in the "
-                "tokenizer, and without it, all responses fail"
+                "tokenizer, and all responses fail without it: add it, or take another MODEL"
             )
 
 
@@ -254,10 +256,13 @@ responses=RESPONSES  # in a mini-batch
 here=$(cd "$(dirname "$0")" && pwd)
 metrics="$here/metrics_$(date +%Y%m%d_%H%M%S).jsonl"
 refuse() { echo "error: $1" >&2; exit 2; }
+for name in GPUS NODES TENSOR_PARALLEL; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name=${!name} has to be a whole number above 0"
+done
 [ $((responses % (GPUS * NODES))) = 0 ] ||
     refuse "GPUS=$GPUS times NODES=$NODES does not divide the $responses responses of a mini-batch"
-[ $((GPUS % TENSOR_PARALLEL)) = 0 ] || [ $((TENSOR_PARALLEL % GPUS)) = 0 ] ||
-    refuse "of TENSOR_PARALLEL=$TENSOR_PARALLEL and GPUS=$GPUS one has to divide the other"
+[ $((GPUS % TENSOR_PARALLEL)) = 0 ] || refuse "TENSOR_PARALLEL=$TENSOR_PARALLEL does not divide GPUS=$GPUS"
+[[ $here != *[\"\\]* && $here != *'${'* ]] || refuse "$here: no folder may have a \", a \\ or a \${ in its name"
 python3 -m verl.trainer.main_ppo \
     "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH=\"$metrics\"" \
 """
@@ -269,19 +274,27 @@ def main(argv=None):
     parser.add_argument("--out", nargs="?", metavar="FOLDER", help="the folder to write")
     parser.add_argument("--read", nargs="?", metavar="FOLDER", help="a folder that verl has trained in")
     options, words = parser.parse_known_args(argv)
+    if options.read and (options.out or words):
+        dapo.fail(f"--read takes a folder and nothing else, not {(words or [options.out])[0]!r}")
     if options.read:
         return read(Path(options.read))
     if not options.out:
-        dapo.fail("say where to: --out FOLDER")
+        dapo.fail("say where to: --out FOLDER, or what to read: --read FOLDER")
     for word in dapo.read_command_line(words):
         dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
     if "solution_strs" in inspect.signature(dapo.REWARD).parameters:
         dapo.fail(f"REWARD={dapo.text_of(dapo.REWARD)} takes lists, but verl's reward manager gives it one response")
+    for name in "GPUS", "NODES":
+        if not re.fullmatch("[1-9][0-9]*", os.environ.get(name, "1")):
+            dapo.fail(f"{name}={os.environ[name]} in the environment has to be a whole number above 0")
     with dapo.explained(f"--out {options.out} cannot be written"):
-        write(Path(options.out), vars(dapo))
+        questions = write(Path(options.out), vars(dapo))
+    for warning in warnings(vars(dapo), questions, os.environ):
+        dapo.say(warning)
 
 
 def write(folder, c):
+    """Writes all files; returns the number of questions to train on."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(inspect.getfile(c["REWARD"]), folder)
     questions = {}
@@ -295,8 +308,7 @@ def write(folder, c):
     lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
     (folder / "run.sh").write_text(start + "".join(lines) + '    "$@"\n', encoding="utf-8")
     dapo.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
-    for warning in warnings(c, questions["train"], os.environ):
-        dapo.say(warning)
+    return questions["train"]
 
 
 def read(folder):
@@ -335,12 +347,14 @@ def our_metrics(found, held_out, limit):
     if "response_length/max" in found:
         cut_off = found["response_length/max"] >= limit
         yield "truncated_fraction", found["response_length/clip_ratio"] if cut_off else 0
-    accuracies = collections.defaultdict(float)
+    accuracies = collections.defaultdict(list)
     for source, questions in collections.Counter(held_out).items():
         for name, value in found.items():
             if match := re.fullmatch(rf"val-core/{re.escape(source)}/acc/mean@(\d+)", name):
-                accuracies[int(match[1])] += value * questions / len(held_out)
-    yield from (("eval/accuracy" if k == 1 else f"eval/avg@{k}", value) for k, value in accuracies.items())
+                accuracies[int(match[1])].append((value * questions, questions))
+    for k, pairs in accuracies.items():
+        right, questions = map(sum, zip(*pairs))
+        yield "eval/accuracy" if k == 1 else f"eval/avg@{k}", right / questions
 
 
 if __name__ == "__main__":
