@@ -59,7 +59,7 @@ if __name__ == "__main__":
 import ray  # noqa: E402
 import torch  # noqa: E402
 from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
-from transformers import AutoModelForCausalLM, GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 from verl.plugin.platform import PlatformRegistry  # noqa: E402
 from verl.plugin.platform.platform_cuda import PlatformCUDA  # noqa: E402
 
@@ -130,10 +130,12 @@ async def later(*_, **__):
 class Server:
     """Holds a copy of the model and samples for verl's agent loop: in one batch, all that has come in meanwhile."""
 
-    def __init__(self, path, trust_remote_code, ends, length):
-        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-        self.model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
-        self.ends = self.model.generation_config.eos_token_id or ends
+    def __init__(self, path, trust_remote_code, length):
+        options = {"trust_remote_code": trust_remote_code}
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+        self.ends = self.model.generation_config.eos_token_id
+        if self.ends is None:
+            self.ends = AutoTokenizer.from_pretrained(path, **options).eos_token_id
         self.ends = [self.ends] if isinstance(self.ends, int) else self.ends
         # Nothing else of the model's own: its top_p, say, would change what is sampled.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=0)
@@ -191,8 +193,8 @@ class Replica(replica.RolloutReplica):
     async def launch_servers(self):
         self._server_address = server_name(self.replica_rank)
         model, options = self.model_config, {"name": self._server_address, "max_concurrency": self.max_concurrency}
-        what = model.path, model.trust_remote_code, model.tokenizer.eos_token_id, self.config.response_length
-        self._server_handle = Server.options(**options).remote(*what)
+        arguments = model.path, model.trust_remote_code, self.config.response_length
+        self._server_handle = Server.options(**options).remote(*arguments)
         self.servers = [self._server_handle]
 
 
