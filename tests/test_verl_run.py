@@ -68,7 +68,7 @@ def test_verl_trains_the_toy(tmp_path):
     moved = {name: (after[name].float() - before[name]).abs().max().item() for name in before}
     assert all(0 < largest < 1e-3 for largest in moved.values()), moved
 
-    run(sys.executable, "-m", "tools.verl", "--read", folder)
+    run(sys.executable, "-m", "tools.verl_metrics", folder)
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
         accuracy = dict(db.execute("SELECT step, value FROM metrics WHERE name = 'eval/accuracy'"))
     output = run(sys.executable, "-m", "tools.evaluate", f"--MODEL={saved}")

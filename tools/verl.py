@@ -1,8 +1,8 @@
 """Hands a run over to verl, for more than one GPU: the same constants, data, and reward in verl's form.
 
-    python -m tools.verl recipes/paper.py --out verl_run     writes the folder
-    GPUS=8 NODES=16 bash verl_run/run.sh                     trains, where verl is installed
-    python -m tools.verl --read verl_run                     puts verl's metrics into verl_run/run.db, for tools.plot
+    python -m tools.verl recipes/paper.py --out verl_run
+    GPUS=8 NODES=16 bash verl_run/run.sh
+    python -m tools.verl_metrics verl_run
 
 The folder gets train.parquet and test.parquet, the reward function's file, and run.sh, which starts verl's trainer, and
 with it Ray, FSDP, and vLLM. It is for verl 0.9.1, which has run it on CPUs (tests/verl_cpu.py) and not yet on GPUs.
@@ -10,16 +10,12 @@ docs/scaling.md lists the constants, their keys, and what is left out.
 """
 
 import argparse
-import collections
-import contextlib
 import inspect
-import json
 import math
 import os
 import re
 import shlex
 import shutil
-import sqlite3
 from pathlib import Path
 
 from pyarrow import Table, parquet
@@ -42,18 +38,6 @@ NEEDED_TOKENS = {
     "<｜end▁of▁sentence｜>": "deepseek_v2 deepseek_v3 deepseek_v4",
 }
 PADDING_ROW = 128  # tokens in the rows with which verl fills a last mini-batch
-METRICS = {  # verl's name: ours
-    "critic/score/mean": "reward/mean",
-    "response_length/mean": "response_length/mean",
-    "response_length/max": "response_length/max",
-    "actor/entropy": "entropy",
-    "actor/pg_loss": "policy_loss",
-    "actor/kl_loss": "kl",
-    "actor/grad_norm": "grad_norm",
-    "timing_s/gen": "time/generate",
-    "timing_s/update_actor": "time/update",
-    "timing_s/step": "time/step",
-}
 
 
 def verl_rows(sources, split):
@@ -272,14 +256,9 @@ def main(argv=None):
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser("python -m tools.verl", description=__doc__, **form)
     parser.add_argument("--out", nargs="?", metavar="FOLDER", help="the folder to write")
-    parser.add_argument("--read", nargs="?", metavar="FOLDER", help="a folder that verl has trained in")
     options, words = parser.parse_known_args(argv)
-    if options.read and (options.out or words):
-        dapo.fail(f"--read takes a folder and nothing else, not {(words or [options.out])[0]!r}")
-    if options.read:
-        return read(Path(options.read))
     if not options.out:
-        dapo.fail("say where to: --out FOLDER, or what to read: --read FOLDER")
+        dapo.fail("say where to: --out FOLDER")
     for word in dapo.read_command_line(words):
         dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
     if "solution_strs" in inspect.signature(dapo.REWARD).parameters:
@@ -309,52 +288,6 @@ def write(folder, c):
     (folder / "run.sh").write_text(start + "".join(lines) + '    "$@"\n', encoding="utf-8")
     dapo.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
     return questions["train"]
-
-
-def read(folder):
-    """Puts verl's metrics into run.db by our names. A run that was resumed has a metrics file for each start."""
-    with dapo.explained(f"--read {folder}: verl's metrics cannot be read"):
-        held_out = parquet.read_table(folder / "test.parquet", columns=["data_source"])["data_source"].to_pylist()
-        limit = int(re.search(r"data\.max_response_length=(\d+)", (folder / "run.sh").read_text(encoding="utf-8"))[1])
-        starts = [read_lines(file) for file in sorted(folder.glob("metrics_*.jsonl"))]
-        if not any(starts):
-            raise ValueError("there is no metrics_*.jsonl with a line in it yet")
-        with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
-            for lines in filter(None, starts):
-                db.executescript(dapo.TABLES.format(step=lines[0]["step"]))
-                rows = [
-                    (line["step"], *metric) for line in lines for metric in our_metrics(line["data"], held_out, limit)
-                ]
-                db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", rows)
-                db.commit()
-    steps = {line["step"] for lines in starts for line in lines}
-    dapo.say(f"{folder / 'run.db'}: metrics of {len(steps)} steps")
-
-
-def read_lines(file):
-    """The lines of one of verl's metrics files; the last one may still be in writing."""
-    return [json.loads(line) for line in file.open(encoding="utf-8") if line.endswith("\n")]
-
-
-def our_metrics(found, held_out, limit):
-    """(name, value) of what verl has found in one step, by our names.
-
-    verl's rewards and lengths are those of the groups trained on, ours of all groups sampled. held_out: the data source
-    of each held-out question, because verl gives the accuracy on each source, and we give that on all questions.
-    limit: of the response length, because what verl counts as cut off is as long as the longest response.
-    """
-    yield from ((METRICS[name], value) for name, value in found.items() if name in METRICS)
-    if "response_length/max" in found:
-        cut_off = found["response_length/max"] >= limit
-        yield "truncated_fraction", found["response_length/clip_ratio"] if cut_off else 0
-    accuracies = collections.defaultdict(list)
-    for source, questions in collections.Counter(held_out).items():
-        for name, value in found.items():
-            if match := re.fullmatch(rf"val-core/{re.escape(source)}/acc/mean@(\d+)", name):
-                accuracies[int(match[1])].append((value * questions, questions))
-    for k, pairs in accuracies.items():
-        right, questions = map(sum, zip(*pairs))
-        yield "eval/accuracy" if k == 1 else f"eval/avg@{k}", right / questions
 
 
 if __name__ == "__main__":
