@@ -100,7 +100,7 @@ NUM_EPOCHS = 1  # passes over the data if NUM_STEPS is None
 EVAL_EVERY = 2  # steps between evaluations, each with a sample response and a new picture
 EVAL_SAMPLES = 1  # above 1: the mean accuracy of so many samples, avg@k, is measured besides that of greedy responses
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
-CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last is kept
+CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last two are kept
 
 # Sampling
 BATCH_SIZE = 32  # questions per step
@@ -668,7 +668,7 @@ def load_rows(source):
     if not found:
         fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
     if len(found) < number:
-        say(f"{number - len(found)} of {number} rows of {source['path']} repeat a question or lack one, or an answer")
+        say(f"{number - len(found)} of {number} rows of {source['path']} repeat a question or are incomplete")
     return list(found.values())
 
 
@@ -928,7 +928,7 @@ class Run:
         reason = "it has no checkpoint"
         if recorded is None and not (path and RESUME):
             if others := sorted(self.folder.glob("[!.]*")):
-                fail(f"OUTPUT_DIR={OUTPUT_DIR} holds {others[0].name} and no run: give this run a folder of its own")
+                fail(f"OUTPUT_DIR={OUTPUT_DIR} contains {others[0].name} but no run: give this run a folder of its own")
             return
         if not RESUME:
             reason = "RESUME is False"
@@ -945,7 +945,7 @@ class Run:
                 fail(f"{place} lies in OUTPUT_DIR={OUTPUT_DIR}: give this run a folder of its own")
         aside = next(name for n in itertools.count(1) if not os.path.exists(name := f"{OUTPUT_DIR}_{n}"))
         self.folder.rename(aside)
-        say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, undo that and set "
+        say(f"{OUTPUT_DIR} held another run, renamed to {aside}: {reason}. To return to it, set what it had and "
             f"OUTPUT_DIR={aside}; to start from the model that it saved, set MODEL={aside}")  # fmt: skip
 
     def recorded_steps(self):
@@ -1280,7 +1280,7 @@ def read_command_line(argv=None):
         set_constant(name, value)
     for name, rule in RULES.items():
         if not eval(rule):
-            fail(f"{name}={globals()[name]} is out of range: it has to be so that {rule}")
+            fail(f"{name}={globals()[name]} is out of range: it must satisfy {rule}")
     return [word for word in words if word not in options + recipes]
 
 

@@ -16,7 +16,7 @@ Not yet run with real weights or on a GPU. Memory, by python -m tools.memory rec
     logits                              0.4       3.0
     together                            10.0      17.4
 
-The cache grows with GENERATION_BATCH, the layers with MICRO_BATCH_TOKENS, and both with the lengths.
+The cache grows with GENERATION_BATCH and with the lengths, the layers with MICRO_BATCH_TOKENS.
 On Linux, PYTORCH_ALLOC_CONF=expandable_segments:True in the environment leaves less memory unused.
 """
 

@@ -34,7 +34,7 @@ def test_a_folder_with_files_and_no_run_is_left_alone(name, resume, main, settin
     (tmp_path / "run" / name / "mine.txt").write_text("mine")
     before = state_of(tmp_path)
     error = stop_of(main, [*settings, f"--RESUME={resume}"], capsys)
-    assert f"holds {name} and no run" in error and state_of(tmp_path) == before
+    assert f"contains {name} but no run" in error and state_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -60,7 +60,7 @@ def test_the_database_of_another_program_is_left_alone(main, settings, tmp_path,
     (tmp_path / "run").mkdir()
     with contextlib.closing(sqlite3.connect(tmp_path / "run/run.db")) as db:
         db.execute("CREATE TABLE mine (text)")
-    assert "holds run.db and no run" in stop_of(main, settings, capsys)
+    assert "contains run.db but no run" in stop_of(main, settings, capsys)
     assert os.listdir(tmp_path / "run") == ["run.db"]
 
 

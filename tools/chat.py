@@ -1,11 +1,11 @@
-"""Puts what you type to a model, each question by itself as in training, and prints its response as it comes.
+"""Asks a model what you type, each question by itself as in training, and prints its response as it is generated.
 
     python -m tools.chat [recipe.py] [MODEL_OR_RUN_FOLDER] [--NAME=VALUE ...]
 
     python -m tools.chat outputs/dapo --TEMPERATURE=0.7
 
-The folder of a run stands for the model that it saved last; without a folder, MODEL answers. What is said is kept in
-the run's run.db, in the table `chat`.
+The folder of a run stands for the model that it saved last; without a folder, MODEL answers. The conversation is
+saved in the table `chat` of the run's run.db.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
-"""Copies the metrics of a run to TensorBoard or W&B, while the run goes on or afterwards.
+"""Copies the metrics of a run to TensorBoard or W&B, during the run or afterward.
 
     python -m tools.mirror outputs/dapo tensorboard        then: tensorboard --logdir outputs/dapo/tensorboard
-    python -m tools.mirror outputs/dapo wandb --follow     goes on until the run stops, or Ctrl-C
+    python -m tools.mirror outputs/dapo wandb --follow     continues until the run stops, or Ctrl-C
 
-It reads run.db and nothing else, so a run does not notice it. Each start of it copies the whole run: into the folder
-tensorboard in the run's folder, whose earlier content it replaces, or into a new run of W&B, which gets the run's
-constants as its config.
+It reads run.db and nothing else, so a run does not notice it. Each time, it copies the whole run: into the folder
+tensorboard in the run's folder, in place of an earlier copy, or into a new W&B run, which gets the run's constants as
+its config.
 """
 
 import ast

@@ -8,7 +8,7 @@ blurts out an answer, few work it out, and some, whether they have worked it out
 already answered, and check it again. The toy does as they do: it blurts, is mostly wrong where a problem has more than
 one operation, and often does not stop when it is done. It could do far better.
 
-Everything that this writes is committed, so nobody has to run it. It takes about 17 minutes on 2 CPU cores.
+Everything that this writes is committed, so nobody has to run it. It takes about 20 minutes on 2 CPU cores.
 """
 
 import random
