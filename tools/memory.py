@@ -51,7 +51,7 @@ def main(argv=None):
     for word in dapo.read_command_line(words):
         dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
     path, options = dapo.saved_model(dapo.MODEL), {"trust_remote_code": dapo.TRUST_REMOTE_CODE}
-    with dapo.explained(f"MODEL={path} names no model that is built like Llama"):
+    with dapo.explained(f"MODEL={path} cannot be read, or is not built like Llama"):
         config = AutoConfig.from_pretrained(path, **options)
         with torch.device("meta"):  # without weights
             model = AutoModelForCausalLM.from_config(config, **options)
