@@ -200,6 +200,22 @@ def test_what_is_named_exists(page):
             assert re.search(rf"\b{span}\b", source), span
 
 
+def test_the_lines_on_the_screen_are_those_of_the_programs():
+    """Most of the words of each message that docs/words.md explains, three in a row at a time; the rest are values."""
+    source = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")])
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings in several lines
+    page = TEXT["docs/words.md"]
+    checked = 0
+    for span in SPAN.findall(page[page.index("## Lines on the screen") :]):
+        words = span.split()
+        threes = [" ".join(three) for three in zip(words, words[1:], words[2:])]
+        threes = [three for three in threes if not re.search(r"[A-Z_=/\d]|nowhere|mine|toy", three)]
+        if len(threes) >= 3:
+            checked += 1
+            assert sum(three in source for three in threes) >= 0.6 * len(threes), span
+    assert checked > 10
+
+
 SHORT = {
     "NUM_STEPS": 1,
     "MODEL": "toy",
