@@ -125,7 +125,7 @@ def extract_answer(text, prompt=""):
             continue
         answer = announced(text[marker.end() :], kind)
         if answer is None:
-            return None  # a box broken off
+            return None  # an unfinished box
         if answer.strip(". ") and (kind not in ("hashes", "prose") or CLEAR.match(answer) and not ITEM.match(answer)):
             return answer
         unclear = unclear or answer.strip(". ") or None
