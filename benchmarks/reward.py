@@ -8,6 +8,7 @@ written otherwise, or a wrong one. The truth is a whole number, as in GSM8K and 
 numbers that have not been judged before.
 """
 
+import argparse
 import random
 import statistics
 import sys
@@ -42,6 +43,7 @@ def seconds(count, formulas, seed):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     reward.answers_match("x+1", "1+x")  # starts the processes that compare formulas
     for name, formulas in ("numbers only", False), ("one formula in 20", True):
         rounds = [seconds(4096, formulas, seed) for seed in range(5)]

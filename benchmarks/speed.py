@@ -7,9 +7,9 @@
 The same work: toy/'s questions, 32 of them a step with 8 responses each of up to 96 tokens, 4 mini-batches a step, the
 rewards and loss of DAPO, no dynamic sampling (which TRL has not), and a learning rate of 1e-12, so that both see the
 same policy all the time. Two policies are measured: the one in toy/, which mostly states an answer in a few tokens but
-three times in ten keeps writing, often until it is cut off, and the one that dapo.py makes of it in 14 steps, which works
-problems out. TRL samples with a plain call of transformers' generate, its gradient checkpointing, on by default, is
-off, and it gets as many responses at a time as MICRO_BATCH_TOKENS hold at full length. Models are not saved here.
+three times in ten keeps writing, often until it is cut off, and the one that dapo.py makes of it in 14 steps, which
+works problems out. TRL samples with a plain call of transformers' generate, its gradient checkpointing, on by default,
+is off, and it gets as many responses at a time as MICRO_BATCH_TOKENS hold at full length. Models are not saved here.
 
 The floor is what is left if everything but the model is taken away: for each position a forward pass with as many
 responses as have not ended, and a forward and backward pass over the real tokens, packed without padding.
