@@ -297,26 +297,26 @@ HOSTILE = {
 
 
 def cpu_seconds():
-    """Of this process, and of those that compare formulas for it, which are a session of their own."""
-    seconds = time.process_time()
+    """Of this process; and of those that compare formulas for it, which are a session of their own."""
+    seconds = 0
     for worker in reward.WORKERS.values():
         for place in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):  # it has just ended
                 fields = place.read_text().rpartition(") ")[2].split()  # from the third: state, parent, group, session
                 if int(fields[3]) == worker.pid:  # its own time, and that of children it had
                     seconds += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    return time.process_time(), seconds
 
 
 def judged_in_every_way(text):
-    """Asserts that a text is wrong wherever it stands, and that no verdict takes much more than the 0.8 seconds of
-    CPU time that a worker has: on a slow machine this process needed another 0.5."""
+    """Asserts that a text is wrong wherever it stands, and that no verdict takes more than a second of CPU, here or in
+    the processes that compare formulas. Those have a limit of their own, on every machine; this one reads the text."""
     reward.answers_match(r"\sqrt{3+1}+x", "x+2")  # starts what compares formulas
     for announced in text, f"#### {text}", rf"\boxed{{{text}}}":
         for truth in "34", r"\sqrt{7}+x", "yes":
             before = cpu_seconds()
             assert not reward.compute_score("", announced, truth)["acc"]
-            assert cpu_seconds() - before <= 3
+            assert all(now - then <= 1 for then, now in zip(before, cpu_seconds()))
     reward.answers_match("34", text)
 
 
