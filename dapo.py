@@ -101,6 +101,7 @@ EVAL_EVERY = 2  # steps between evaluations, each with a sample response and a n
 EVAL_SAMPLES = 1  # above 1: the mean accuracy of so many samples, avg@k, is measured besides that of greedy responses
 SAVE_EVERY = 0  # steps between saved models; 0: only at the end
 CHECKPOINT_EVERY = 5  # steps between checkpoints, of which the last two are kept
+RECORDED_TOKENS = 2**16  # tokens per step that run.db keeps one by one, in about 25 bytes each; 0: none
 
 # Sampling
 BATCH_SIZE = 32  # questions per step
@@ -155,13 +156,13 @@ def train():
         while not run.is_over():
             run.save_if_due()
             if run.step % EVAL_EVERY == 0:
-                run.record(evaluate(model, tokenizer, held_out))
+                run.record(*evaluate(model, tokenizer, held_out))
             metrics, sampled = train_step(model, base, tokenizer, optimizer, stream, run.step + 1)
             if sampled:  # else the stream has ended, and the run is over
                 run.step += 1
                 run.record(metrics, sampled)
         run.save_if_due(last=True)
-        run.record(evaluate(model, tokenizer, held_out))
+        run.record(*evaluate(model, tokenizer, held_out))
         run.finish()
 
 
@@ -178,6 +179,8 @@ def train_step(model, base, tokenizer, optimizer, stream, step):
         fresh = sample_groups(model, tokenizer, questions, GROUP_SIZE)  # 1. sample
         kept, dropped = filter_groups(fresh)  # 2. filter
         groups, sampled, rounds = groups + kept, sampled + fresh, rounds + 1
+        for response in itertools.chain(*fresh):
+            response.round = rounds
         again = [group[0].question for group in dropped] if RETRY_SAME_QUESTION else []
     if not sampled:
         return {}, []
@@ -211,8 +214,12 @@ class Response:
     reward: float  # the score, 1 right and -1 wrong, less the overlong penalty
     prediction: str | None  # the answer found in it, if REWARD tells
     others: dict[str, float]  # more numbers that REWARD tells
+    round: int = 0  # the round of sampling, in its step
+    fate: str = "surplus"  # trained, or why not
+    penalty: float = 0.0  # for its length, 0 or below
     advantage: float | None = None  # None: not in the loss
     old_log_probs: torch.Tensor | None = None  # (T,) by the policy that sampled it
+    log_probs: torch.Tensor | None = None  # (T,) when it was last trained on
     base_log_probs: torch.Tensor | None = None  # (T,) by the base model, if there is a KL_COEF
 
 
@@ -301,6 +308,8 @@ def filter_groups(groups):
     uniform = [group for group, signal in zip(groups, signals) if not group_advantages(signal).any()]
     for group in groups:
         group[0].question.rests = REST_EPOCHS if group in uniform else 0
+    for response in itertools.chain(*uniform):
+        response.fate = {1: "all correct", 0: "all wrong"}.get(response.accuracy, "all equal")
     return [group for group in groups if group not in uniform], uniform
 
 
@@ -308,7 +317,8 @@ def shape_rewards(groups):
     """Adds the soft overlong penalty (eq. 13) to each reward: here 0 up to token 64, -0.5 at 80, and -1 at 96."""
     for response in itertools.chain(*groups):
         limit, buffer, factor = MAX_RESPONSE_LENGTH, OVERLONG_BUFFER_LENGTH, OVERLONG_PENALTY_FACTOR
-        response.reward += overlong_penalty(len(response.tokens), limit, buffer, factor)
+        response.penalty = overlong_penalty(len(response.tokens), limit, buffer, factor)
+        response.reward += response.penalty
 
 
 def compare_rewards(groups):
@@ -316,8 +326,8 @@ def compare_rewards(groups):
     for group in groups:
         advantages = group_advantages(torch.tensor([[response.reward for response in group]]))  # (1, G)
         for response, advantage in zip(group, advantages[0].tolist()):
-            if not (USE_OVERLONG_FILTERING and response.truncated):
-                response.advantage = advantage
+            filtered = USE_OVERLONG_FILTERING and response.truncated
+            response.advantage, response.fate = (None, "truncated") if filtered else (advantage, "trained")
 
 
 def group_advantages(rewards):
@@ -382,6 +392,8 @@ def accumulate_gradients(model, mini_batch):
         loss.backward()
         low, high = clipped_tokens(log_probs.detach(), old_log_probs, advantages, mask)
         sums = {"entropy": entropy.detach() * mask, "clip_fraction/low": low, "clip_fraction/high": high}
+        for response, row in zip(micro_batch, log_probs.detach()):
+            response.log_probs = row[: len(response.tokens)]
         losses.update({name: part.detach() for name, part in parts.items()})
         token_sums.update({name: values.sum() for name, values in sums.items()})
         gaps.append((probability_ratio(log_probs.detach(), old_log_probs, mask) - 1).abs().max())
@@ -857,15 +869,18 @@ PRAGMA wal_autocheckpoint = 1;
 BEGIN;
 CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS constants (step INTEGER, name TEXT, value TEXT, PRIMARY KEY (step, name));
-CREATE TABLE IF NOT EXISTS responses (step INTEGER, question TEXT, answer TEXT, response TEXT, accuracy REAL,
-    reward REAL, length INTEGER, truncated INTEGER, kept INTEGER);
+CREATE TABLE IF NOT EXISTS responses ({columns}, PRIMARY KEY (step, number));
+CREATE TABLE IF NOT EXISTS held_out ({columns}, PRIMARY KEY (step, number));
 DELETE FROM metrics WHERE step > {step};
 DELETE FROM responses WHERE step > {step};
+DELETE FROM held_out WHERE step > {step};
 COMMIT;
 """
+COLUMNS = """step number group_number round question answer response prediction accuracy reward penalty advantage length
+truncated kept fate tokens probabilities ratios""".split()  # the last three are JSON lists, of trained responses only
 # What may change when a run is resumed: its folder, device, and length, what is saved and how often, and its memory.
 FREE = """OUTPUT_DIR RESUME DEVICE NUM_STEPS NUM_EPOCHS EVAL_EVERY SAVE_EVERY CHECKPOINT_EVERY GENERATION_BATCH
-MICRO_BATCH_TOKENS LOGITS_CHUNK GRADIENT_CHECKPOINTING""".split()
+MICRO_BATCH_TOKENS LOGITS_CHUNK GRADIENT_CHECKPOINTING RECORDED_TOKENS""".split()
 ADVICE = "lower LEARNING_RATE, or look for what is not finite in MODEL, the data, or the reward"
 
 
@@ -877,7 +892,9 @@ def open_run(model, tokenizer, optimizer, questions, held_out):
         run.resume()
         run.folder.mkdir(exist_ok=True)
         run.db = opened.enter_context(contextlib.closing(sqlite3.connect(run.folder / "run.db")))
-        run.db.executescript(TABLES.format(step=run.step))
+        run.db.executescript(TABLES.format(step=run.step, columns=", ".join(COLUMNS)))
+        for name in {*COLUMNS} - {column[1] for column in run.db.execute("PRAGMA table_info(responses)")}:
+            run.db.execute(f"ALTER TABLE responses ADD COLUMN {name}")  # of a run that an earlier version began
         then = dict(run.db.execute("SELECT name, value FROM constants ORDER BY step"))
         new = [(run.step, name, value) for name, value in run.facts.items() if then.get(name) != value]
         with run.db:
@@ -1040,22 +1057,21 @@ class Run:
                 (unfinished / file).write_text(text, encoding="utf-8")
         say(f"the model is saved in {OUTPUT_DIR}/{name}")
 
-    def record(self, metrics, groups=()):
+    def record(self, metrics, groups):
         """Records one step, or one evaluation, in run.db and on the screen."""
-        step, rows = self.step, []
-        for r in itertools.chain(*groups):
-            judged = r.accuracy, r.reward, len(r.tokens), r.truncated, r.advantage is not None
-            rows.append((step, r.question.text, r.question.answer, r.text, *judged))
+        step, evaluation = self.step, "eval/accuracy" in metrics
+        rows = [(step, number, *row) for number, row in enumerate(response_rows(groups, self.tokenizer))]
+        table = f"{'held_out' if evaluation else 'responses'} ({', '.join(COLUMNS)})"
         measured = [(step, *item) for item in metrics.items()]
         with self.db:  # all or nothing
             self.db.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", measured)
-            self.db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self.db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(COLUMNS))})", rows)
         shown = "  ".join(f"{name} {metrics[name]:.2f}" for name in SHOWN if name in metrics)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
-        if not groups or self.bar.disable and step % 5 == 0:  # without a terminal there is no bar
+        if evaluation or self.bar.disable and step % 5 == 0:  # without a terminal there is no bar
             say(f"step {step}: {shown}  ({time.time() - self.start:.0f} s)")
-        if not groups:
+        if evaluation:
             draw_metrics(self.folder)
             return
         if step == 1:
@@ -1078,6 +1094,21 @@ class Run:
             signal.signal(again, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be lost
             os.write(2, b"\nstopping after this step; press again to stop at once, without a checkpoint\n")
+
+
+def response_rows(groups, tokenizer):
+    """Yields what run.db keeps of each response, in the order of COLUMNS from group_number on."""
+    left = RECORDED_TOKENS
+    for number, group in enumerate(groups):
+        for r in group:
+            said = r.question.text, r.question.answer, r.text, None if r.prediction is None else str(r.prediction)
+            judged = r.accuracy, r.reward, r.penalty, r.advantage, len(r.tokens), r.truncated, r.advantage is not None
+            tokens = [None] * 3
+            if r.log_probs is not None and (left := left - len(r.tokens)) >= 0:
+                numbers = r.old_log_probs.exp(), (r.log_probs - r.old_log_probs).exp()
+                numbers = [[float(f"{value:.4g}") for value in values.tolist()] for values in numbers]
+                tokens = [json.dumps(values) for values in (tokenizer.batch_decode(r.tokens[:, None]), *numbers)]
+            yield number, r.round, *said, *judged, r.fate, *tokens
 
 
 @contextlib.contextmanager
@@ -1119,7 +1150,8 @@ clip_fraction grad_norm time""".split()
 
 
 def evaluate(model, tokenizer, questions):
-    """Metrics on held-out questions: of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k."""
+    """Metrics on held-out questions, of one greedy response each and, with EVAL_SAMPLES = k > 1, avg@k; and the greedy
+    responses, in groups of one."""
     gaps = sampling_gap(model, [question.prompt for question in questions])
     set_seed("evaluation")
     greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
@@ -1134,7 +1166,8 @@ def evaluate(model, tokenizer, questions):
     longest = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]
     verdict = "right" if longest.accuracy else "wrong"
     say(f"  {shorten(longest.question.text)}\n    -> {shorten(longest.text)}  ({verdict})")
-    return metrics | {"sampling_gap/mean": gaps.mean().item(), "sampling_gap/max": gaps.max().item()}
+    metrics |= {"sampling_gap/mean": gaps.mean().item(), "sampling_gap/max": gaps.max().item()}
+    return metrics, [[response] for response in greedy]
 
 
 def sampling_metrics(sampled, kept, batch, rounds, seconds):
@@ -1217,7 +1250,8 @@ def draw_metrics(folder):
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
-MAY_BE_0 = "SEED SAVE_EVERY REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS WEIGHT_DECAY".split()
+MAY_BE_0 = """SEED SAVE_EVERY RECORDED_TOKENS REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS
+WEIGHT_DECAY""".split()
 RULES = {name: f"0 < {name} < math.inf" for name, value in CONSTANTS.items() if type(value) in (int, float)}
 RULES |= {name: f"0 <= {name} < math.inf" for name in MAY_BE_0} | {
     "TRAIN_DATASETS": "len(TRAIN_DATASETS) >= 1",

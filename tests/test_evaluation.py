@@ -112,7 +112,7 @@ def test_avg_at_k_over_seeds_is_the_sampled_accuracy(make_folder, tokenizer, set
     means = []
     for seed in range(30):
         set_constants(SEED=seed)
-        means.append(dapo.evaluate(model, tokenizer, questions)["eval/avg@8"])
+        means.append(dapo.evaluate(model, tokenizer, questions)[0]["eval/avg@8"])
     error = statistics.stdev(means) / len(means) ** 0.5
     assert 0.2 < statistics.fmean(exact) < 0.8 and 0 < error < 0.02
     assert abs(statistics.fmean(means) - statistics.fmean(exact)) < 3.5 * error

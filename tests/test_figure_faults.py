@@ -48,7 +48,7 @@ def test_without_acc_more_than_0_is_right(wrong, right, make_folder, tokenizer, 
 def test_a_shown_response_is_right_if_its_score_is_more_than_0(make_folder, tokenizer, set_reward, short, capsys):
     for score, shown in (-1, "(wrong)"), (0, "(wrong)"), (0.5, "(right)"):
         set_reward(verdicts([score]))
-        metrics = dapo.evaluate(*load(make_folder()), [question("Tom", length=3)])
+        metrics, _ = dapo.evaluate(*load(make_folder()), [question("Tom", length=3)])
         assert shown in capsys.readouterr().out and metrics["eval/accuracy"] == (score > 0)
 
 

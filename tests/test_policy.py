@@ -320,7 +320,7 @@ def test_rounding_is_no_reason_to_refuse_a_model(make_folder, tokenizer, set_con
         set_constants(MAX_RESPONSE_LENGTH=80, TEMPERATURE=temperature, OVERLONG_BUFFER_LENGTH=0)
         model, _ = load(make_folder(kind, seed=1))
         asked = [dapo.Question(str(prompt), "1", "test", prompt) for prompt in make_prompts(tokenizer)]
-        gaps.append(dapo.evaluate(model, tokenizer, asked)["sampling_gap/mean"] * temperature)
+        gaps.append(dapo.evaluate(model, tokenizer, asked)[0]["sampling_gap/mean"] * temperature)
     assert 0.01 < max(gaps) < 0.25
 
 

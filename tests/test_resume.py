@@ -354,11 +354,11 @@ def test_a_second_signal_is_not_waited_for(open_run, capfd):
 def test_who_reads_does_not_keep_it_from_writing(open_run, tmp_path):
     with open_run as run, contextlib.closing(sqlite3.connect(tmp_path / "run/run.db")) as reader:
         run.db.execute("PRAGMA busy_timeout = 100")
-        run.record({"accuracy": 0.5, "entropy": 1.0})
+        run.record({"eval/accuracy": 0.5, "entropy": 1.0}, [])
         rows = reader.execute("SELECT name FROM metrics")
         assert rows.fetchone()  # one row is fetched, so its transaction is open
         run.step = 1
-        run.record({"accuracy": 0.75})
+        run.record({"eval/accuracy": 0.75}, [])
         assert in_db(tmp_path / "run", "SELECT value FROM metrics WHERE step = 1") == [(0.75,)]
 
 

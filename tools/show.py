@@ -1,0 +1,223 @@
+"""Writes a page to look inside the steps of a run: at its groups, their responses, and the tokens of a response.
+
+    python -m tools.show outputs/dapo                 outputs/dapo/steps.html, one file, which any browser opens
+    python -m tools.show outputs/dapo --step 8        the same, open at step 8
+    python -m tools.show outputs/grpo outputs/dapo    outputs/comparison.html: two runs, or any number of them, and
+                                                      their answers to the same held-out questions side by side
+    python -m tools.show outputs/dapo --unipo         also unipo.json, for the web application poloclub/unipo
+
+"GRPO=outputs/grpo" gives a run a name. Of a long run the page shows as many steps as fit, at equal distances. The page
+needs no network and sends nothing. What it shows is in run.db: the tables responses, held_out, and metrics.
+"""
+
+import argparse
+import ast
+import contextlib
+import itertools
+import json
+import math
+import sqlite3
+import statistics
+import zlib
+from pathlib import Path
+
+import jinja2
+
+from tools import plot
+from tools.plot import fail
+
+FILES = "show.html", "show_words.json"  # the template of the page, and its words in English and in Chinese
+LIMIT = 24e6  # characters of the responses on a page; with more, browsers on phones would take long
+LONGEST = 4000  # characters shown of a response whose tokens run.db does not hold
+RESPONSE = "prediction accuracy reward penalty advantage length truncated fate".split()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--step", type=int, metavar="N")
+    parser.add_argument("--unipo", action="store_true")
+    options = parser.parse_args(argv)
+    runs = [read_run(*plot.split(word), options.step) for word in options.folders]
+    place = Path(runs[0]["folder"], "steps.html") if len(runs) == 1 else Path("outputs", "comparison.html")
+    try:
+        print(write(place, page(runs)))
+        for run in runs if options.unipo else ():
+            print(write(Path(run["folder"], "unipo.json"), json.dumps(unipo(run))))
+    except OSError as error:
+        fail(f"the page cannot be written: {error}")
+
+
+def write(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def page(runs):
+    """The page, as text, of runs as read_run returns them."""
+    template, words = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in FILES)
+    template = jinja2.Environment(autoescape=True).from_string(template)
+    return template.render(title=" | ".join(run["name"] for run in runs), words=json.loads(words), runs=runs)
+
+
+def read_run(name, folder, step=None):
+    """What the page shows of a run: {name, folder, constants, metrics, steps, recorded, held_out}."""
+    metrics = plot.read_metrics(folder)
+    try:
+        with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
+            db.row_factory = sqlite3.Row
+            recorded = [row["step"] for row in db.execute("SELECT DISTINCT step FROM responses ORDER BY step")]
+            chosen = fitting(db, recorded, step)
+            return {
+                "name": name or Path(folder).absolute().name,
+                "folder": str(folder),
+                "constants": read_constants(db),
+                "metrics": {name: [*zip(steps, map(finite, values))] for name, (steps, values) in metrics.items()},
+                "recorded": recorded,
+                "opens": step or most_held(metrics, chosen),
+                "steps": [{"step": step, "groups": read_groups(db, step)} for step in chosen],
+                "held_out": read_held_out(db),
+            }
+    except (sqlite3.Error, ValueError, IndexError) as error:
+        fail(f"{folder}/run.db does not hold what the page shows, as one of an earlier dapo.py does not: {error}")
+
+
+def most_held(metrics, steps):
+    """The step in which the clip held most tokens, since there is most to see."""
+    ends = [dict(zip(*metrics[name])) for name in ("clip_fraction/low", "clip_fraction/high") if name in metrics]
+    return max(steps, key=lambda step: sum(finite(end.get(step, 0.0)) or 0 for end in ends))
+
+
+def read_constants(db):
+    """{name: value} of those constants that are numbers, text, or truth values, and of the script's name."""
+    constants = {}
+    for name, text in db.execute("SELECT name, value FROM constants ORDER BY step"):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = text if name == "the script" else ast.literal_eval(text)
+            if name.isupper() and isinstance(value, int | float | str) or name == "the script":
+                constants[name] = value
+    return constants
+
+
+def fitting(db, steps, wanted):
+    """As many of the steps, at equal distances, as fit on the page, and always the first, the last, and the wanted."""
+    if not steps:
+        fail("the run has not recorded a step yet")
+    if wanted is not None and wanted not in steps:
+        fail(f"--step {wanted} is not recorded; there are the steps {steps[0]} to {steps[-1]}")
+    columns = "ifnull(length(tokens) + length(probabilities) + length(ratios), min(length(response), ?))"
+    sizes = dict(db.execute(f"SELECT step, sum({columns}) FROM responses GROUP BY step", [LONGEST]))
+    for stride in itertools.count(1):
+        chosen = sorted({*steps[::stride], steps[-1]} | ({wanted} if wanted is not None else set()))
+        if sum(sizes[step] for step in chosen) <= LIMIT or stride > len(steps):
+            return chosen
+
+
+def read_groups(db, step):
+    """[{question, answer, round, responses}] of a step, in the order in which they were sampled."""
+    groups = {}
+    for row in db.execute("SELECT * FROM responses WHERE step = ? ORDER BY number", [step]):
+        about = {name: row[name] for name in ("question", "answer", "round")}
+        group = groups.setdefault(row["group_number"], about | {"responses": []})
+        response = {name: finite(row[name]) for name in RESPONSE}
+        if row["tokens"]:
+            numbers = [[finite(value) for value in json.loads(row[name])] for name in ("probabilities", "ratios")]
+            response["tokens"] = whole_texts(json.loads(row["tokens"]), row["response"])
+            response["probabilities"], response["ratios"] = numbers
+        else:
+            response["text"] = shortened(row["response"])
+        response["truncated"] = bool(row["truncated"])
+        group["responses"].append(response)
+    for group in groups.values():
+        rewards = [response["reward"] for response in group["responses"]]
+        group |= {"mean": statistics.fmean(rewards), "std": statistics.stdev(rewards) if len(rewards) > 1 else 0.0}
+    return list(groups.values())
+
+
+def read_held_out(db):
+    """[{question, answer, responses}] of the held-out questions, with the response of each evaluation."""
+    questions = {}
+    columns = "step, question, answer, response, prediction, accuracy, length, truncated"
+    for row in db.execute(f"SELECT {columns} FROM held_out ORDER BY step, number"):
+        question, answer, response = row["question"], row["answer"], dict(row)
+        response |= {"text": shortened(response.pop("response")), "truncated": bool(row["truncated"])}
+        del response["question"], response["answer"]
+        seen = questions.setdefault((question, answer), {"question": question, "answer": answer, "responses": []})
+        if row["step"] not in [earlier["step"] for earlier in seen["responses"]]:  # asked twice, as some data sets do
+            seen["responses"].append(response)
+    return list(questions.values())
+
+
+def whole_texts(tokens, response):
+    """The texts of a response's tokens, in which a part of a character is � and some tokenizers omit a space in front,
+    made whole by the response's text: of the tokens that make up one character, the last gets all of it."""
+    texts, place = list(tokens), 0
+    waiting = None  # the last � whose character is still to come
+    for number, token in enumerate(tokens):
+        if "\N{REPLACEMENT CHARACTER}" in token:
+            if waiting is not None:
+                texts[waiting] = ""
+            waiting = number
+            continue
+        found = response.find(token, place, place + len(token) + 9) if token else -1
+        if found < 0:  # a special token, which the text leaves out
+            continue
+        between, place = response[place:found], found + len(token)
+        if waiting is not None:
+            texts[waiting], waiting = between or texts[waiting], None
+        else:
+            texts[number] = between + token
+    return texts
+
+
+def shortened(text):
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … (+{len(text) - LONGEST})"
+
+
+def finite(value):
+    """JSON has no infinite numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def unipo(run):
+    """A run in the form that poloclub/unipo reads: for each step its metrics, and three of the groups trained on."""
+    entries = []
+    for step in run["steps"]:
+        at = {name: dict(points).get(step["step"]) for name, points in run["metrics"].items()}
+        metrics = {name: value for name, value in at.items() if value is not None}
+        metrics |= {"reward": at["reward/mean"], "policy_objective": -metrics.get("policy_loss", 0.0)}
+        groups = [group for group in step["groups"] if all("ratios" in response for response in group["responses"])]
+        prompts = [
+            {
+                "prompt": group["question"],
+                "responses": [unipo_response(r, run["constants"]) for r in group["responses"]],
+            }
+            for group in groups[:3]
+        ]
+        entries.append({"step": step["step"], "is_first_step_after_rollout_phase": True})
+        entries[-1] |= {"metrics": metrics, "prompts": prompts}
+    header = {"algorithm": run["name"], "model_name": run["constants"]["MODEL"], "totalSteps": len(entries)}
+    return {"header": header | {"hparams": run["constants"]}, "entries": entries}
+
+
+def unipo_response(response, constants):
+    """One response of unipo. Its token ids only tell tokens apart: run.db has their texts, not their ids."""
+    advantage, ratios = response["advantage"], [ratio or 0.0 for ratio in response["ratios"]]
+    low, high = 1 - constants["CLIP_RANGE_LOW"], 1 + constants["CLIP_RANGE_HIGH"]
+    old = [math.log(max(p or 0.0, 1e-30)) for p in response["probabilities"]]
+    tokens = {
+        "ids": [zlib.crc32(text.encode()) for text in response["tokens"]],
+        "strings": response["tokens"],
+        "old_log_probs": old,
+        "log_probs": [before + math.log(max(ratio, 1e-30)) for before, ratio in zip(old, ratios)],
+        "advantages": [advantage] * len(ratios),
+        "token_objective": [min(advantage * ratio, advantage * min(high, max(low, ratio))) for ratio in ratios],
+    }
+    about = {"reward": response["reward"], "advantage": advantage, "response_length": response["length"]}
+    return about | {"response_text": "".join(response["tokens"]), "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main()
