@@ -34,6 +34,7 @@ import ast
 import contextlib
 import csv
 import difflib
+import fnmatch
 import functools
 import glob
 import inspect
@@ -1142,11 +1143,9 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-# ---- Metrics and the picture ----------------------------------------------------------------------------------------
+# ---- Metrics --------------------------------------------------------------------------------------------------------
 
 SHOWN = "eval/accuracy accuracy reward/mean response_length/mean entropy".split()
-PANELS = """accuracy response_length reward groups dynamic_resample_rate truncated_fraction entropy kl policy_loss
-clip_fraction grad_norm time""".split()
 
 
 def evaluate(model, tokenizer, questions):
@@ -1156,6 +1155,7 @@ def evaluate(model, tokenizer, questions):
     set_seed("evaluation")
     greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
     metrics = {
+        "eval/questions": len(questions),
         "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
         "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
         "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),
@@ -1231,21 +1231,70 @@ def peak_memory():
 
 def draw_metrics(folder):
     """Draws training_metrics.png from the run.db in a folder."""
-    from matplotlib.figure import Figure
-
     curves = {}
     with contextlib.closing(sqlite3.connect(Path(folder) / "run.db")) as db:
-        for name, step, value in db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY step"):
-            curves.setdefault(name, []).append((step, value))
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    for axes, panel in zip(figure.subplots(3, 4).flat, PANELS):
-        for name, points in curves.items():
-            if panel == name.removeprefix("eval/").replace("avg@", "accuracy/").split("/")[0]:
-                axes.plot(*zip(*points), "o" if name.startswith("eval/") else "-", label=name.replace("$", r"\$"))
-                axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+        for name, *point in db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY step"):
+            curves.setdefault(name, []).append(point)
+    figure = metrics_figure({name: tuple(zip(*points)) for name, points in curves.items()})
     with complete(Path(folder) / "training_metrics.png") as unfinished:
-        figure.savefig(unfinished, format="png", dpi=80)
+        figure.savefig(unfinished, format="png", dpi=160)
+
+
+# ---- The picture; tools/plot.py runs this section alone, without torch ----------------------------------------------
+
+COLORS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()  # Okabe and Ito's, for the color-blind, too
+LOOKS = {"color": COLORS[:4], "linestyle": ["-", "--", ":", "-."], "marker": ["D", "o", "s", "^"]}
+PANELS = {  # title: limits of its axis (None: as the data), metrics and their labels; the first four panels are large
+    "accuracy": (0, 1, "accuracy training; eval/accuracy held-out, greedy; eval/avg@* held-out, *"),
+    "response length (tokens)": (0, None, "response_length/mean training; eval/response_length held-out, greedy"),
+    "groups": (0, 1, "groups/all_correct all right; groups/all_wrong all wrong; groups/with_gradient with a gradient"),
+    "entropy (nats per token)": (0, None, "entropy"),
+    "reward": (None, None, "reward/mean mean; reward/* *"),
+    "losses": (None, None, "policy_loss policy loss; entropy_loss entropy loss"),
+    "dropped groups": (0, 1, "dynamic_resample_rate"),
+    "truncated responses": (0, 1, "truncated_fraction training; eval/truncated_fraction held-out, greedy"),
+    "tokens held by the clip": (0, None, "clip_fraction/low from falling; clip_fraction/high from rising"),
+    "gradient norm": (0, None, "grad_norm"),
+    "time (seconds)": (0, None, "time/step step; time/generate sampling; time/update update"),
+    "KL (nats per token)": (0, None, "kl"),
+}
+
+
+def metrics_figure(curves):
+    """The picture of one run, from {metric: (steps, values)}. Bars at held-out points: one standard error, at most."""
+    from matplotlib.figure import Figure
+
+    panels, count = {}, curves.get("eval/questions", [(), [math.inf]])[1][0]
+    for title, (*_, metrics) in PANELS.items():
+        for pattern, _, label in (metric.partition(" ") for metric in metrics.split("; ")):
+            for name in fnmatch.filter(sorted(curves.keys() - {"reward/timeouts"}), pattern):
+                own = name.partition("/")[2].replace("$", r"\$").strip("_")  # matplotlib hides labels that begin with _
+                panels.setdefault(title, {})[name] = label.replace("*", own)
+    cells = [title for title in [*panels][:4] for _ in range(2)] + [*panels][4:] + ["."] * 3
+    rows = [cells[first : first + 4] for first in range(0, len(cells) - 3, 4)]
+    figure = Figure(figsize=(12, 2 + 2 * len(rows)), layout="constrained")
+    for title, axes in figure.subplot_mosaic(rows, sharex=True, height_ratios=[3, 3, 2, 2][: len(rows)]).items():
+        axes.set_prop_cycle(**LOOKS)
+        for name, label in panels[title].items():
+            style = {"markersize": 2}
+            if name.startswith("eval/"):
+                errors = [math.sqrt(max(0, p * (1 - p)) / count) for p in curves[name][1]]
+                style = {"markersize": 4, "linestyle": "none", "yerr": errors}
+            axes.errorbar(*curves[name], label=label, clip_on=False, **style)
+        if label:
+            axes.legend(fontsize="small", handlelength=1.5)
+        frame(axes, title, *PANELS[title][:2], curves.get("eval/accuracy", curves[name])[0])
+    return figure
+
+
+def frame(axes, title, lowest, highest, steps):
+    """Title, limits, a line at 0, and ticks at `steps`, thinned out if they are many."""
+    gap = next(10**n * unit for n in range(9) for unit in (1, 2, 5) if 8 * 10**n * unit >= steps[-1] - steps[0])
+    ticks = {step // gap: step for step in reversed(steps)}
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(title=title, xlabel="step", xticks=[*ticks.values()], ylim=(lowest, highest))
+    axes.tick_params(labelbottom=True)
+    axes.grid(alpha=0.3)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------

@@ -1,82 +1,216 @@
 """Draws training_metrics.png of a run again, or several runs in one picture, outputs/comparison.png.
 
-    python -m tools.plot outputs/dapo                        one run
-    python -m tools.plot outputs/grpo outputs/dapo           two runs, or any number of them
-    python -m tools.plot outputs/a_seed0 outputs/a_seed1     two seeds, drawn as their mean and a band
+    python -m tools.plot outputs/dapo                                   one run
+    python -m tools.plot outputs/grpo outputs/dapo                      two runs, or any number of them
+    python -m tools.plot "GRPO=outputs/grpo" "DAPO=outputs/dapo"        the same, with names of your own
+    python -m tools.plot outputs/a_seed0 outputs/a_seed1                two seeds, drawn as their mean and a band
+    python -m tools.plot --each outputs/dapo outputs/clip outputs/sick  a column for each run but the first, which is
+                                                                        drawn beside it, gray and dashed
 
-Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and the band reaches from its lowest
-run to its highest. A trainer of your own takes part if it writes a table metrics(step, name, value) into run.db.
+Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and so are runs of the same name.
+The band reaches from its lowest run to its highest. The bar at a held-out point of a single run is its standard error
+if responses were greedy, and more than that for avg@k. A trainer of your own takes part if it writes a table
+metrics(step, name, value) into run.db.
 """
 
 import contextlib
+import fnmatch
 import itertools
 import math
 import re
 import sqlite3
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
-COMPARED = {  # title: metric, x axis
-    "held-out accuracy, greedy": ("eval/accuracy", "step"),
-    "accuracy of the samples": ("accuracy", "step"),
-    "response length (tokens)": ("response_length/mean", "step"),
-    "held-out accuracy, by time": ("eval/accuracy", "minutes of training"),
-    "entropy (nats)": ("entropy", "step"),
-    "truncated responses": ("truncated_fraction", "step"),
-    "share of groups with a gradient": ("groups/with_gradient", "step"),
-    "accuracy of the samples, by time": ("accuracy", "minutes of training"),
+COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
+    "accuracy (held-out, greedy)": ("eval/accuracy", "step", 0, 1),
+    "accuracy (training)": ("accuracy", "step", 0, 1),
+    "response length (tokens)": ("response_length/mean", "step", 0, None),
+    "accuracy by time (held-out)": ("eval/accuracy", "minutes of training", 0, 1),
+    "entropy (nats per token)": ("entropy", "step", 0, None),
+    "truncated responses": ("truncated_fraction", "step", 0, 1),
+    "groups with a gradient": ("groups/with_gradient", "step", 0, 1),
+    "accuracy by time (training)": ("accuracy", "minutes of training", 0, 1),
 }
+EACH = ["accuracy (training)", "response length (tokens)", "entropy (nats per token)", "truncated responses"]
+FIRST = {"color": "gray", "linestyle": "--"}  # in each column of --each
 
 
 def main(argv=None):
-    folders = sys.argv[1:] if argv is None else argv
-    if "-h" in folders or "--help" in folders:
+    words = sys.argv[1:] if argv is None else argv
+    if "-h" in words or "--help" in words:
         print(__doc__)
         return
-    if not folders or any(folder.startswith("-") for folder in folders):
-        fail("python -m tools.plot takes the folder of a run, or of several, and nothing else")
-    for folder in folders:
-        if not read_metrics(folder):
-            fail(f"the run in {folder} has not recorded any metrics yet")
+    runs = [word for word in words if word != "--each"]
+    if not runs or any(run.startswith("-") for run in runs):
+        fail("python -m tools.plot takes the folder of a run, or of several, which may be NAME=FOLDER, and --each")
+    experiments = read_experiments(runs)
     try:
-        print(compare(folders) if len(folders) > 1 else draw(*folders))
+        if runs == words:
+            print(compare(experiments) if len(runs) > 1 else draw(split(*runs)[1]))
+        else:
+            print(compare_each(experiments))
     except OSError as error:
         fail(f"the picture cannot be written: {error}")
 
 
+def split(word):
+    """The name and the folder in NAME=FOLDER; no name in that of a folder, whose own may hold a "="."""
+    name, equals, folder = word.partition("=")
+    return (name, folder) if equals and not Path(word).is_dir() else ("", word)
+
+
+def read_experiments(words):
+    """{label: the curves of each of its runs}"""
+    found = {}  # by the name that a run was given, or by its path
+    for name, folder in map(split, words):
+        curves = read_metrics(folder)
+        if not curves:
+            fail(f"the run in {folder} has not recorded any metrics yet")
+        key = name or Path(re.sub(r"[-_/\\]?seed[-_]?\d+$", "", str(Path(folder))))
+        found.setdefault(key, []).append(with_derived(numbers_of(curves)))
+    short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
+    count, experiments = Counter(short.values()), {}
+    for key, runs in found.items():
+        label = str(key if count[short[key]] > 1 else short[key]).replace("$", r"\$").lstrip("_")
+        experiments[label if len(runs) == 1 else f"{label} ({len(runs)} seeds)"] = runs
+    return experiments
+
+
+def section_of_dapo(title):
+    """What a section of dapo.py defines. It is cut out of the text, because importing dapo takes seconds, for torch and
+    transformers, which a picture does not need, and which may not be installed where it is drawn."""
+    text = Path(__file__).parents[1].joinpath("dapo.py").read_text(encoding="utf-8")
+    names = {"math": math, "fnmatch": fnmatch}
+    exec("#" + text.partition(f"\n# ---- {title}")[2].partition("\n# ---- ")[0], names)
+    return SimpleNamespace(**names)
+
+
+picture = section_of_dapo("The picture")
+
+
 def draw(folder):
     """Draws training_metrics.png of the run in a folder; returns its path."""
-    import dapo  # only here, because that takes seconds
-
-    dapo.draw_metrics(folder)
-    return Path(folder, "training_metrics.png")
+    figure = picture.metrics_figure(numbers_of(read_metrics(folder)))
+    return save(figure, Path(folder, "training_metrics.png"))
 
 
-def compare(folders):
+def save(figure, path):
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=160)
+    return path
+
+
+def compare(experiments):
     """Draws several runs in one picture, outputs/comparison.png; returns its path."""
+    return save(comparison_figure(experiments), Path("outputs", "comparison.png"))
+
+
+def compare_each(experiments):
+    """Draws a column for each run but the first into outputs/comparison.png; returns its path."""
+    if len(experiments) < 2:
+        fail("python -m tools.plot --each takes two runs or more: the first is compared with each of the others")
+    return save(each_figure(experiments), Path("outputs", "comparison.png"))
+
+
+def comparison_figure(experiments):
     from matplotlib.figure import Figure
 
-    experiments = {}
-    for folder in folders:
-        name = re.sub(r"[-_/\\]?seed[-_]?\d+$", "", str(Path(folder)))
-        experiments.setdefault(name, []).append(with_derived(read_metrics(folder)))
-    figure = Figure(figsize=(15, 6.5))
-    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.08, top=0.87, wspace=0.2, hspace=0.45)
-    for axes, (title, (metric, against)) in zip(figure.subplots(2, 4).flat, COMPARED.items()):
-        for color, (name, runs) in enumerate(experiments.items()):
-            x, mean, lowest, highest = average(runs, metric, against)
-            label = name if len(runs) == 1 else f"{name} ({len(runs)} seeds)"
-            axes.plot(x, mean, "o-" if metric == "eval/accuracy" else "-", color=f"C{color}", markersize=3, label=label)
-            axes.fill_between(x, lowest, highest, color=f"C{color}", alpha=0.2)
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel(against, fontsize="small")
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper center", ncols=4)
-    picture = Path("outputs", "comparison.png")
-    picture.parent.mkdir(exist_ok=True)
-    figure.savefig(picture, dpi=80)
-    return picture
+    panels = [title for title in COMPARED if has_data(experiments, title)]
+    rows, columns = math.ceil(len(panels) / 4), min(4, len(panels))
+    figure = Figure(figsize=(max(6, 3.5 * columns), 0.8 + 2.8 * rows), layout="constrained")
+    for title, place in zip(panels, figure.add_gridspec(rows, columns)):
+        axes = figure.add_subplot(place)
+        for number, (label, runs) in enumerate(experiments.items()):
+            style = {"color": picture.COLORS[number % 7], "linestyle": picture.LOOKS["linestyle"][number % 4]}
+            plot_runs(axes, title, runs, label=label, **style)
+        finish(axes, title, experiments)
+        label_ends(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3)
+    return figure
+
+
+def each_figure(experiments):
+    from matplotlib.figure import Figure
+
+    (first, first_runs), *others = experiments.items()
+    rows = [title for title in EACH if has_data(experiments, title)]
+    figure = Figure(figsize=(max(6, 0.8 + 2.6 * len(others)), 0.8 + 2.2 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(others), sharex=True, sharey="row", squeeze=False)
+    for title, row in zip(rows, grid):
+        for axes, (label, runs) in zip(row, others):
+            plot_runs(axes, title, first_runs, label=first, **FIRST)
+            plot_runs(axes, title, runs, color=picture.COLORS[0])
+        for axes, (label, _) in zip(row, others):
+            finish(axes, title, experiments)
+            axes.set(title=label if row is grid[0] else "", xlabel="step" if row is grid[-1] else "")
+        row[0].set_ylabel(title.replace(" (", "\n("))
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", handlelength=3)
+    return figure
+
+
+def plot_runs(axes, title, runs, **style):
+    """The line of an experiment: its mean with a band, or a single run, with bars at its held-out points."""
+    metric, against, *_ = COMPARED[title]
+    x, mean, lowest, highest = average(runs, metric, against)
+    held_out, errors = metric.startswith("eval/"), None
+    if held_out and len(runs) == 1 and "eval/questions" in runs[0]:
+        errors = [math.sqrt(max(0, p * (1 - p)) / runs[0]["eval/questions"][1][0]) for p in mean]
+    marker = "o" if held_out or len(x) == 1 else ""
+    axes.errorbar(x, mean, errors, marker=marker, markersize=3, clip_on=False, **style)
+    axes.fill_between(x, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def finish(axes, title, experiments):
+    """Labels, limits, and ticks: at evaluations if there are any."""
+    from matplotlib.ticker import MaxNLocator
+
+    _, against, *limits = COMPARED[title]
+    longest = [max(run.values(), key=lambda curve: len(curve[0])) for runs in experiments.values() for run in runs]
+    evaluated = [run["eval/accuracy"] for runs in experiments.values() for run in runs if "eval/accuracy" in run]
+    steps = sorted({step for steps, _ in evaluated or longest for step in steps})
+    picture.frame(axes, title, *limits, steps if against == "step" else [0])
+    if against != "step":
+        axes.set_xlabel(against)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def label_ends(axes):
+    """Names the lines at their ends, moved apart if need be, unless they all end near each other."""
+    bottom, top = axes.get_ylim()
+    lines = [(line.get_ydata(), name, line.get_color()) for line, name in lines_of(axes)]
+    ends = sorted(((values[-1] - bottom) / (top - bottom), name, color) for values, name, color in lines if len(values))
+    if len(ends) < 2 or ends[-1][0] - ends[0][0] < 0.1:
+        return
+    heights, room = [height for height, *_ in ends], 0.08
+    for number in range(1, len(heights)):
+        heights[number] = max(heights[number], heights[number - 1] + room)
+    heights[-1] = min(heights[-1], 1)
+    for number in reversed(range(len(heights) - 1)):
+        heights[number] = min(heights[number], heights[number + 1] - room)
+    for height, (_, name, color) in zip(heights, ends):
+        axes.annotate(name, (1.02, height), xycoords="axes fraction", color=color, fontsize="small", va="center")
+
+
+def lines_of(axes):
+    """[(line, its name, shortened)]"""
+    names = [re.sub(r" \(\d+ seeds\)$", "", drawn.get_label()) for drawn in axes.containers]
+    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
+    return [(drawn.lines[0], name) for drawn, name in zip(axes.containers, names)]
+
+
+def has_data(experiments, title):
+    metric, against, *_ = COMPARED[title]
+    return any(average(runs, metric, against)[0] for runs in experiments.values())
+
+
+def numbers_of(curves):
+    """The curves without the steps at which they are NaN, and so without those that are nothing else."""
+    points = {name: [point for point in zip(*curve) if not math.isnan(point[1])] for name, curve in curves.items()}
+    return {name: tuple(zip(*found)) for name, found in points.items() if found}
 
 
 def average(runs, metric, against):
