@@ -1231,11 +1231,10 @@ def peak_memory():
 
 def draw_metrics(folder):
     """Draws training_metrics.png from the run.db in a folder."""
-    curves = {}
     with contextlib.closing(sqlite3.connect(Path(folder) / "run.db")) as db:
-        for name, *point in db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY step"):
-            curves.setdefault(name, []).append(point)
-    figure = metrics_figure({name: tuple(zip(*points)) for name, points in curves.items()})
+        rows = db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY name, step").fetchall()
+    groups = itertools.groupby(rows, lambda row: row[0])
+    figure = metrics_figure({name: [*zip(*points)][1:] for name, points in groups})
     with complete(Path(folder) / "training_metrics.png") as unfinished:
         figure.savefig(unfinished, format="png", dpi=160)
 
@@ -1268,18 +1267,16 @@ def metrics_figure(curves):
     for title, (*_, metrics) in PANELS.items():
         for pattern, _, label in (metric.partition(" ") for metric in metrics.split("; ")):
             for name in fnmatch.filter(sorted(curves.keys() - {"reward/timeouts"}), pattern):
-                own = name.partition("/")[2].replace("$", r"\$").strip("_")  # matplotlib hides labels that begin with _
-                panels.setdefault(title, {})[name] = label.replace("*", own)
+                own = name.partition("/")[2].replace("$", r"\$")
+                panels.setdefault(title, {})[name] = label.replace("*", own.lstrip("_"))  # with _, it would be hidden
     cells = [title for title in [*panels][:4] for _ in range(2)] + [*panels][4:] + ["."] * 3
-    rows = [cells[first : first + 4] for first in range(0, len(cells) - 3, 4)]
+    rows = [cells[first : first + 4] for first in range(0, len(cells) - 3 or 1, 4)]
     figure = Figure(figsize=(12, 2 + 2 * len(rows)), layout="constrained")
-    for title, axes in figure.subplot_mosaic(rows, sharex=True, height_ratios=[3, 3, 2, 2][: len(rows)]).items():
+    for title, axes in figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2][: len(rows)]).items():
         axes.set_prop_cycle(**LOOKS)
         for name, label in panels[title].items():
-            style = {"markersize": 2}
-            if name.startswith("eval/"):
-                errors = [math.sqrt(max(0, p * (1 - p)) / count) for p in curves[name][1]]
-                style = {"markersize": 4, "linestyle": "none", "yerr": errors}
+            bars = [math.sqrt(max(0, p * (1 - p)) / count) for p in curves[name][1]]
+            style = {"linestyle": "none", "yerr": bars, "ms": 4} if name.startswith("eval/") else {"ms": 2}
             axes.errorbar(*curves[name], label=label, clip_on=False, **style)
         if label:
             axes.legend(fontsize="small", handlelength=1.5)
@@ -1293,7 +1290,6 @@ def frame(axes, title, lowest, highest, steps):
     ticks = {step // gap: step for step in reversed(steps)}
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(title=title, xlabel="step", xticks=[*ticks.values()], ylim=(lowest, highest))
-    axes.tick_params(labelbottom=True)
     axes.grid(alpha=0.3)
 
 

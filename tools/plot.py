@@ -7,10 +7,9 @@
     python -m tools.plot --each outputs/dapo outputs/clip outputs/sick  a column for each run but the first, which is
                                                                         drawn beside it, gray and dashed
 
-Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and so are runs of the same name.
-The band reaches from its lowest run to its highest. The bar at a held-out point of a single run is its standard error
-if responses were greedy, and more than that for avg@k. A trainer of your own takes part if it writes a table
-metrics(step, name, value) into run.db.
+Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and so are runs of the same name;
+its band reaches from the lowest run to the highest. The bar at a held-out point of a single run is one standard error.
+A trainer of your own takes part if it writes a table metrics(step, name, value) into run.db.
 """
 
 import contextlib
@@ -35,8 +34,8 @@ COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
     "groups with a gradient": ("groups/with_gradient", "step", 0, 1),
     "accuracy by time (training)": ("accuracy", "minutes of training", 0, 1),
 }
+NOTHING = "nothing that the picture shows has been recorded"
 EACH = ["accuracy (training)", "response length (tokens)", "entropy (nats per token)", "truncated responses"]
-FIRST = {"color": "gray", "linestyle": "--"}  # in each column of --each
 
 
 def main(argv=None):
@@ -48,13 +47,22 @@ def main(argv=None):
     if not runs or any(run.startswith("-") for run in runs):
         fail("python -m tools.plot takes the folder of a run, or of several, which may be NAME=FOLDER, and --each")
     experiments = read_experiments(runs)
+    path = Path("outputs", "comparison.png")
+    if "--each" in words:
+        figure = each_figure(experiments)
+    elif len(runs) > 1:
+        figure = comparison_figure(experiments)
+    else:
+        path = Path(split(*runs)[1], "training_metrics.png")
+        figure = picture.metrics_figure(*experiments.popitem()[1])
+    if not figure.axes:
+        fail(NOTHING)
     try:
-        if runs == words:
-            print(compare(experiments) if len(runs) > 1 else draw(split(*runs)[1]))
-        else:
-            print(compare_each(experiments))
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=160)
     except OSError as error:
         fail(f"the picture cannot be written: {error}")
+    print(path)
 
 
 def split(word):
@@ -81,8 +89,8 @@ def read_experiments(words):
 
 
 def section_of_dapo(title):
-    """What a section of dapo.py defines. It is cut out of the text, because importing dapo takes seconds, for torch and
-    transformers, which a picture does not need, and which may not be installed where it is drawn."""
+    """The names in a section of dapo.py, cut out of its text: to import all of it takes seconds, for torch and others,
+    which may not even be installed where another trainer's runs are drawn."""
     text = Path(__file__).parents[1].joinpath("dapo.py").read_text(encoding="utf-8")
     names = {"math": math, "fnmatch": fnmatch}
     exec("#" + text.partition(f"\n# ---- {title}")[2].partition("\n# ---- ")[0], names)
@@ -92,62 +100,45 @@ def section_of_dapo(title):
 picture = section_of_dapo("The picture")
 
 
-def draw(folder):
-    """Draws training_metrics.png of the run in a folder; returns its path."""
-    figure = picture.metrics_figure(numbers_of(read_metrics(folder)))
-    return save(figure, Path(folder, "training_metrics.png"))
-
-
-def save(figure, path):
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=160)
-    return path
-
-
-def compare(experiments):
-    """Draws several runs in one picture, outputs/comparison.png; returns its path."""
-    return save(comparison_figure(experiments), Path("outputs", "comparison.png"))
-
-
-def compare_each(experiments):
-    """Draws a column for each run but the first into outputs/comparison.png; returns its path."""
-    if len(experiments) < 2:
-        fail("python -m tools.plot --each takes two runs or more: the first is compared with each of the others")
-    return save(each_figure(experiments), Path("outputs", "comparison.png"))
-
-
 def comparison_figure(experiments):
+    """All in each panel: one for each entry of COMPARED that has data."""
     from matplotlib.figure import Figure
 
-    panels = [title for title in COMPARED if has_data(experiments, title)]
-    rows, columns = math.ceil(len(panels) / 4), min(4, len(panels))
-    figure = Figure(figsize=(max(6, 3.5 * columns), 0.8 + 2.8 * rows), layout="constrained")
-    for title, place in zip(panels, figure.add_gridspec(rows, columns)):
-        axes = figure.add_subplot(place)
+    titles = with_data(experiments, COMPARED)
+    rows = math.ceil(len(titles) / 4)
+    figure = Figure(figsize=(14, 0.8 + 2.8 * rows), layout="constrained")
+    for place, title in enumerate(titles, 1):
+        axes = figure.add_subplot(rows, min(4, len(titles)), place)
         for number, (label, runs) in enumerate(experiments.items()):
             style = {"color": picture.COLORS[number % 7], "linestyle": picture.LOOKS["linestyle"][number % 4]}
             plot_runs(axes, title, runs, label=label, **style)
         finish(axes, title, experiments)
         label_ends(axes)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3)
     return figure
 
 
 def each_figure(experiments):
+    """A column for each but the first, which is drawn in all columns."""
     from matplotlib.figure import Figure
 
     (first, first_runs), *others = experiments.items()
-    rows = [title for title in EACH if has_data(experiments, title)]
-    figure = Figure(figsize=(max(6, 0.8 + 2.6 * len(others)), 0.8 + 2.2 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), len(others), sharex=True, sharey="row", squeeze=False)
-    for title, row in zip(rows, grid):
-        for axes, (label, runs) in zip(row, others):
-            plot_runs(axes, title, first_runs, label=first, **FIRST)
+    if not others:
+        fail("python -m tools.plot --each takes two runs or more: it draws the first beside each of the others")
+    titles = with_data(experiments, EACH)
+    figure = Figure(figsize=(0.8 + 2.6 * max(2, len(others)), 0.8 + 2.2 * len(titles)), layout="constrained")
+    grid = figure.subplots(len(titles), len(others), sharex=True, sharey="row", squeeze=False)
+    for title, row in zip(titles, grid):
+        for axes, (_, runs) in zip(row, others):
             plot_runs(axes, title, runs, color=picture.COLORS[0])
-        for axes, (label, _) in zip(row, others):
+            plot_runs(axes, title, first_runs, label=first, color="gray", linestyle="--")
+        for axes in row:
             finish(axes, title, experiments)
-            axes.set(title=label if row is grid[0] else "", xlabel="step" if row is grid[-1] else "")
+            axes.set(title="", xlabel="")
         row[0].set_ylabel(title.replace(" (", "\n("))
+    for top, bottom, (label, _) in zip(grid[0], grid[-1], others):
+        top.set_title(label)
+        bottom.set_xlabel("step")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", handlelength=3)
     return figure
 
@@ -180,31 +171,28 @@ def finish(axes, title, experiments):
 
 def label_ends(axes):
     """Names the lines at their ends, moved apart if need be, unless they all end near each other."""
-    bottom, top = axes.get_ylim()
-    lines = [(line.get_ydata(), name, line.get_color()) for line, name in lines_of(axes)]
-    ends = sorted(((values[-1] - bottom) / (top - bottom), name, color) for values, name, color in lines if len(values))
-    if len(ends) < 2 or ends[-1][0] - ends[0][0] < 0.1:
+    (bottom, top), ends = axes.get_ylim(), []
+    for drawn in axes.containers:
+        name = re.sub(r" \(\d+ seeds\)$", "", drawn.get_label())
+        name = name if len(name) <= 16 else f"{name[:15]}…"
+        ends += [
+            ((y - bottom) / (top - bottom), name, drawn.lines[0].get_color()) for y in drawn.lines[0].get_ydata()[-1:]
+        ]
+    heights = [height for height, *_ in sorted(ends)]
+    if not heights or heights[-1] - heights[0] < 0.1:
         return
-    heights, room = [height for height, *_ in ends], 0.08
-    for number in range(1, len(heights)):
-        heights[number] = max(heights[number], heights[number - 1] + room)
-    heights[-1] = min(heights[-1], 1)
-    for number in reversed(range(len(heights) - 1)):
-        heights[number] = min(heights[number], heights[number + 1] - room)
-    for height, (_, name, color) in zip(heights, ends):
-        axes.annotate(name, (1.02, height), xycoords="axes fraction", color=color, fontsize="small", va="center")
+    for number, height in enumerate(heights[1:], 1):
+        heights[number] = max(height, heights[number - 1] + 0.08)
+    ceiling = 1.08
+    for height, (_, name, color) in reversed([*zip(heights, sorted(ends))]):
+        ceiling = min(height, ceiling - 0.08)
+        axes.annotate(name, (1.02, ceiling), xycoords="axes fraction", color=color, fontsize="small", va="center")
 
 
-def lines_of(axes):
-    """[(line, its name, shortened)]"""
-    names = [re.sub(r" \(\d+ seeds\)$", "", drawn.get_label()) for drawn in axes.containers]
-    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
-    return [(drawn.lines[0], name) for drawn, name in zip(axes.containers, names)]
-
-
-def has_data(experiments, title):
-    metric, against, *_ = COMPARED[title]
-    return any(average(runs, metric, against)[0] for runs in experiments.values())
+def with_data(experiments, titles):
+    """Those of the titles whose metric a run has recorded."""
+    drawn = [(title, average(runs, *COMPARED[title][:2])[0]) for title in titles for runs in experiments.values()]
+    return [*dict.fromkeys(title for title, x in drawn if x)] or fail(NOTHING)
 
 
 def numbers_of(curves):
@@ -237,7 +225,7 @@ def with_derived(curves):
             shares[step] = min(1.0, (1 - correct - wrong) / (1 - dropped))
     seconds = at("time/step") or at("time/generate", "time/update")
     minutes = itertools.accumulate(map(sum, seconds.values()), lambda total, more: total + more / 60, initial=0.0)
-    derived = {"groups/with_gradient": ([*shares], [*shares.values()])}
+    derived = {"groups/with_gradient": ([*shares], [*shares.values()])} if shares else {}
     return derived | curves | {"minutes of training": ([0, *seconds], [*minutes])}
 
 
