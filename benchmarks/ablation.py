@@ -207,11 +207,11 @@ def table(runs):
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
-DRAWN = {  # idea: title and metric of what it is about
-    "clip-higher": ("entropy (nats a token)", "entropy"),
-    "dynamic sampling": ("groups that teach something", "groups/with_gradient"),
-    "token-level loss": ("response length (tokens)", "response_length/mean"),
-    "soft overlong punishment": ("responses cut off", "truncated_fraction"),
+DRAWN = {  # idea: the panel of tools/plot.py about what it changes
+    "clip-higher": "entropy (nats per token)",
+    "dynamic sampling": "groups with a gradient",
+    "token-level loss": "response length (tokens)",
+    "soft overlong punishment": "truncated responses",
 }
 
 
@@ -220,22 +220,18 @@ def draw(runs):
     ideas = [idea for idea in DRAWN if {"dapo", f"dapo without {idea}"} <= runs.keys()]
     if not ideas:
         return
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    axes = figure.subplots(2, len(ideas), squeeze=False)
-    for column, idea in zip(axes.T, ideas):
-        title, metric = DRAWN[idea]
-        for axis, name in zip(column, (f"eval/avg@{RUN['EVAL_SAMPLES']}", metric)):
-            for setting, label in ("dapo", f"with {idea}"), (f"dapo without {idea}", "without"):
-                x, mean, lowest, highest = plot.average(runs[setting], name, "step")
-                (line,) = axis.plot(x, mean, linewidth=1.6, label=label)
-                axis.fill_between(x, lowest, highest, color=line.get_color(), alpha=0.15)
-            axis.set_xlabel("step", fontsize="small")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
-        column[0].set_title("held-out accuracy", fontsize="medium")
-        column[1].set_title(title, fontsize="medium")
-    figure.savefig(FOLDER / "ablation.png", dpi=75)
+    figure = Figure(figsize=(3.4 * len(ideas), 6), layout="constrained")
+    sampled = f"avg@{RUN['EVAL_SAMPLES']}"
+    for column, idea in enumerate(ideas, 1):
+        panels = {f"accuracy (held-out, {sampled})": (f"eval/{sampled}", "step", 0, 1)}
+        panels[DRAWN[idea]] = plot.COMPARED[DRAWN[idea]]
+        for place, (title, (metric, against, *limits)) in zip((column, len(ideas) + column), panels.items()):
+            axes = figure.add_subplot(2, len(ideas), place)
+            for number, (setting, label) in enumerate([("dapo", f"with {idea}"), (f"dapo without {idea}", "without")]):
+                plot.plot_runs(axes, runs[setting], metric, against, label=label, **plot.style(number))
+            plot.picture.frame(axes, title, *limits, range(0, STEPS + 1, RUN["EVAL_EVERY"]))
+            axes.legend(fontsize="small")
+    figure.savefig(FOLDER / "ablation.png", dpi=160)
 
 
 def main():

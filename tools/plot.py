@@ -110,8 +110,7 @@ def comparison_figure(experiments):
     for place, title in enumerate(titles, 1):
         axes = figure.add_subplot(rows, min(4, len(titles)), place)
         for number, (label, runs) in enumerate(experiments.items()):
-            style = {"color": picture.COLORS[number % 7], "linestyle": picture.LOOKS["linestyle"][number % 4]}
-            plot_runs(axes, title, runs, label=label, **style)
+            plot_runs(axes, runs, *COMPARED[title][:2], label=label, **style(number))
         finish(axes, title, experiments)
         label_ends(axes)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=3)
@@ -130,8 +129,8 @@ def each_figure(experiments):
     grid = figure.subplots(len(titles), len(others), sharex=True, sharey="row", squeeze=False)
     for title, row in zip(titles, grid):
         for axes, (_, runs) in zip(row, others):
-            plot_runs(axes, title, runs, color=picture.COLORS[0])
-            plot_runs(axes, title, first_runs, label=first, color="gray", linestyle="--")
+            plot_runs(axes, runs, *COMPARED[title][:2], **style(0))
+            plot_runs(axes, first_runs, *COMPARED[title][:2], label=first, color="gray", linestyle="--")
         for axes in row:
             finish(axes, title, experiments)
             axes.set(title="", xlabel="")
@@ -143,9 +142,14 @@ def each_figure(experiments):
     return figure
 
 
-def plot_runs(axes, title, runs, **style):
+def style(number):
+    """The dashed are drawn last, so that of lines that lie on each other both are seen."""
+    color, dashes = picture.COLORS[number % 7], picture.LOOKS["linestyle"][number % 4]
+    return {"color": color, "linestyle": dashes, "zorder": 2 + number % 4 / 10}
+
+
+def plot_runs(axes, runs, metric, against, **style):
     """The line of an experiment: its mean with a band, or a single run, with bars at its held-out points."""
-    metric, against, *_ = COMPARED[title]
     x, mean, lowest, highest = average(runs, metric, against)
     held_out, errors = metric.startswith("eval/"), None
     if held_out and len(runs) == 1 and "eval/questions" in runs[0]:
