@@ -4,8 +4,7 @@
     python -m tools.plot outputs/grpo outputs/dapo                      two runs, or any number of them
     python -m tools.plot "GRPO=outputs/grpo" "DAPO=outputs/dapo"        the same, with names of your own
     python -m tools.plot outputs/a_seed0 outputs/a_seed1                two seeds, drawn as their mean and a band
-    python -m tools.plot --each outputs/dapo outputs/clip outputs/sick  a column for each run but the first, which is
-                                                                        drawn beside it, gray and dashed
+    python -m tools.plot --each outputs/dapo outputs/clip outputs/sick  a column for each but the first, which is dashed
 
 Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and so are runs of the same name;
 its band reaches from the lowest run to the highest. The bar at a held-out point of a single run is one standard error.
@@ -34,6 +33,7 @@ COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
     "groups with a gradient": ("groups/with_gradient", "step", 0, 1),
     "accuracy by time (training)": ("accuracy", "minutes of training", 0, 1),
 }
+ROOM = 0.08  # for the name of a line, as a share of the height of a panel
 NOTHING = "nothing that the picture shows has been recorded"
 EACH = ["accuracy (training)", "response length (tokens)", "entropy (nats per token)", "truncated responses"]
 
@@ -48,10 +48,8 @@ def main(argv=None):
         fail("python -m tools.plot takes the folder of a run, or of several, which may be NAME=FOLDER, and --each")
     experiments = read_experiments(runs)
     path = Path("outputs", "comparison.png")
-    if "--each" in words:
-        figure = each_figure(experiments)
-    elif len(runs) > 1:
-        figure = comparison_figure(experiments)
+    if len(words) > 1:
+        figure = each_figure(experiments) if "--each" in words else comparison_figure(experiments)
     else:
         path = Path(split(*runs)[1], "training_metrics.png")
         figure = picture.metrics_figure(*experiments.popitem()[1])
@@ -75,9 +73,7 @@ def read_experiments(words):
     """{label: the curves of each of its runs}"""
     found = {}  # by the name that a run was given, or by its path
     for name, folder in map(split, words):
-        curves = read_metrics(folder)
-        if not curves:
-            fail(f"the run in {folder} has not recorded any metrics yet")
+        curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
         key = name or Path(re.sub(r"[-_/\\]?seed[-_]?\d+$", "", str(Path(folder))))
         found.setdefault(key, []).append(with_derived(numbers_of(curves)))
     short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
@@ -131,13 +127,10 @@ def each_figure(experiments):
         for axes, (_, runs) in zip(row, others):
             plot_runs(axes, runs, *COMPARED[title][:2], **style(0))
             plot_runs(axes, first_runs, *COMPARED[title][:2], label=first, color="gray", linestyle="--")
-        for axes in row:
+        for axes, (label, _) in zip(row, others):
             finish(axes, title, experiments)
-            axes.set(title="", xlabel="")
+            axes.set(title=label if title == titles[0] else "", xlabel="step" if title == titles[-1] else "")
         row[0].set_ylabel(title.replace(" (", "\n("))
-    for top, bottom, (label, _) in zip(grid[0], grid[-1], others):
-        top.set_title(label)
-        bottom.set_xlabel("step")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", handlelength=3)
     return figure
 
@@ -164,9 +157,9 @@ def finish(axes, title, experiments):
     from matplotlib.ticker import MaxNLocator
 
     _, against, *limits = COMPARED[title]
-    longest = [max(run.values(), key=lambda curve: len(curve[0])) for runs in experiments.values() for run in runs]
-    evaluated = [run["eval/accuracy"] for runs in experiments.values() for run in runs if "eval/accuracy" in run]
-    steps = sorted({step for steps, _ in evaluated or longest for step in steps})
+    everything = [run for runs in experiments.values() for run in runs]
+    curves = [run["eval/accuracy"] for run in everything if "eval/accuracy" in run] or everything[0].values()
+    steps = sorted({step for steps, _ in curves for step in steps})
     picture.frame(axes, title, *limits, steps if against == "step" else [0])
     if against != "step":
         axes.set_xlabel(against)
@@ -175,28 +168,26 @@ def finish(axes, title, experiments):
 
 def label_ends(axes):
     """Names the lines at their ends, moved apart if need be, unless they all end near each other."""
-    (bottom, top), ends = axes.get_ylim(), []
-    for drawn in axes.containers:
-        name = re.sub(r" \(\d+ seeds\)$", "", drawn.get_label())
-        name = name if len(name) <= 16 else f"{name[:15]}…"
-        ends += [
-            ((y - bottom) / (top - bottom), name, drawn.lines[0].get_color()) for y in drawn.lines[0].get_ydata()[-1:]
-        ]
-    heights = [height for height, *_ in sorted(ends)]
-    if not heights or heights[-1] - heights[0] < 0.1:
+    bottom, top = axes.get_ylim()
+    names = [re.sub(r" \(\d+ seeds\)$", "", drawn.get_label()) for drawn in axes.containers]
+    names = [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
+    lines = [
+        (name, line, line.get_ydata()) for name, (line, *_) in zip(names, axes.containers) if len(line.get_ydata())
+    ]
+    ends = sorted(((y[-1] - bottom) / (top - bottom), name, line.get_color()) for name, line, y in lines)
+    if not ends or ends[-1][0] - ends[0][0] < 0.1:
         return
-    for number, height in enumerate(heights[1:], 1):
-        heights[number] = max(height, heights[number - 1] + 0.08)
-    ceiling = 1.08
-    for height, (_, name, color) in reversed([*zip(heights, sorted(ends))]):
-        ceiling = min(height, ceiling - 0.08)
+    heights = list(itertools.accumulate([end[0] for end in ends], lambda below, height: max(height, below + ROOM)))
+    ceiling = 1 + ROOM
+    for height, (_, name, color) in zip(reversed(heights), reversed(ends)):
+        ceiling = min(height, ceiling - ROOM)
         axes.annotate(name, (1.02, ceiling), xycoords="axes fraction", color=color, fontsize="small", va="center")
 
 
 def with_data(experiments, titles):
     """Those of the titles whose metric a run has recorded."""
-    drawn = [(title, average(runs, *COMPARED[title][:2])[0]) for title in titles for runs in experiments.values()]
-    return [*dict.fromkeys(title for title, x in drawn if x)] or fail(NOTHING)
+    several = experiments.values()
+    return [t for t in titles if any(average(runs, *COMPARED[t][:2])[0] for runs in several)] or fail(NOTHING)
 
 
 def numbers_of(curves):
