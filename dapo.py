@@ -1270,7 +1270,7 @@ def metrics_figure(curves):
                 own = name.partition("/")[2].replace("$", r"\$")
                 panels.setdefault(title, {})[name] = label.replace("*", own.lstrip("_"))  # with _, it would be hidden
     cells = [title for title in [*panels][:4] for _ in range(2)] + [*panels][4:] + ["."] * 3
-    rows = [cells[first : first + 4] for first in range(0, len(cells) - 3 or 1, 4)]
+    rows = [cells[first : first + 4] for first in range(0, len(cells) - 3, 4)]
     figure = Figure(figsize=(12, 2 + 2 * len(rows)), layout="constrained")
     for title, axes in figure.subplot_mosaic(rows, height_ratios=[3, 3, 2, 2][: len(rows)]).items():
         axes.set_prop_cycle(**LOOKS)
@@ -1287,9 +1287,9 @@ def metrics_figure(curves):
 def frame(axes, title, lowest, highest, steps):
     """Title, limits, a line at 0, and ticks at `steps`, thinned out if they are many."""
     gap = next(10**n * unit for n in range(9) for unit in (1, 2, 5) if 8 * 10**n * unit >= steps[-1] - steps[0])
-    ticks = {step // gap: step for step in reversed(steps)}
+    ticks = sorted({step // gap: step for step in reversed(steps)}.values())
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(title=title, xlabel="step", xticks=[*ticks.values()], ylim=(lowest, highest))
+    axes.set(title=title, xlabel="step", xticks=ticks, ylim=(lowest, highest))
     axes.grid(alpha=0.3)
 
 

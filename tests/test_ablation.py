@@ -80,7 +80,7 @@ def test_results_of_one_run(folder):
     assert [ablation.results(run) for run in ablation.finished_runs(["dapo"])["dapo"]] == [pytest.approx(expected)]
 
 
-def test_table_and_picture(folder):
+def test_table_and_picture(folder, monkeypatch):
     for seed, shift in enumerate([0.0, 0.01, 0.02]):
         make_run("naive GRPO", seed, shift)
     for name in ablation.all_settings():
@@ -97,8 +97,18 @@ def test_table_and_picture(folder):
     assert cells["accuracy, step 8"] == "0.650 ± 0.006"  # 0.01 / sqrt(3)
     assert cells["steps to 0.9"] == "11.1 ± 0.1"  # 11.25, 11.125, and 11
     assert full.startswith("| dapo | 1 |  | ") and fresh.startswith("| dapo, seeds 5 to 9 | 1 |  | ")
+    drawn, save = [], ablation.Figure.savefig
+    monkeypatch.setattr(
+        ablation.Figure, "savefig", lambda self, *path, **how: (drawn.append(self), save(self, *path, **how))
+    )
     ablation.draw(runs)
     assert (folder / "ablation.png").stat().st_size > 10_000
+    assert len(drawn[0].axes) == 8  # two for each of four ideas
+    for axes in drawn[0].axes:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0 and (top == 1) == axes.get_title().startswith(("accuracy", "groups", "truncated"))
+        assert list(axes.get_xticks()) == [*range(0, 15, 2)]
+        assert [text.get_text() for text in axes.get_legend().get_texts()][1] == "without"
 
 
 def test_runs_that_did_not_get_there():

@@ -40,7 +40,7 @@ def test_a_run_leaves_its_record(main, settings, chance, tmp_path, capsys):
         assert found["dynamic_resample_rate"] == pytest.approx(1 - sum(uneven) / len(uneven))
         assert found["time/step"] == pytest.approx(found["time/generate"] + found["time/update"], rel=0.1)
     evaluated = rows(run, "SELECT step, name FROM metrics WHERE name LIKE 'eval/%' ORDER BY step, name")
-    names = "accuracy avg@2 response_length truncated_fraction".split()
+    names = "accuracy avg@2 questions response_length truncated_fraction".split()
     assert evaluated == [(step, f"eval/{name}") for step in (0, 2) for name in names]
     assert [step for (step,) in rows(run, "SELECT step FROM metrics WHERE name = 'sampling_gap/mean'")] == [0, 2]
     picture = Image.open(run / "training_metrics.png")

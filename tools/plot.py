@@ -23,6 +23,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
     "accuracy (held-out, greedy)": ("eval/accuracy", "step", 0, 1),
     "accuracy (training)": ("accuracy", "step", 0, 1),
@@ -52,9 +55,9 @@ def main(argv=None):
         figure = each_figure(experiments) if "--each" in words else comparison_figure(experiments)
     else:
         path = Path(split(*runs)[1], "training_metrics.png")
-        figure = picture.metrics_figure(*experiments.popitem()[1])
-    if not figure.axes:
-        fail(NOTHING)
+        (curves,) = experiments.popitem()[1]
+        patterns = [words.split()[0] for *_, metrics in picture.PANELS.values() for words in metrics.split("; ")]
+        figure = picture.metrics_figure(curves) if any(fnmatch.filter(curves, p) for p in patterns) else fail(NOTHING)
     try:
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, dpi=160)
@@ -79,7 +82,9 @@ def read_experiments(words):
     short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
     count, experiments = Counter(short.values()), {}
     for key, runs in found.items():
-        label = str(key if count[short[key]] > 1 else short[key]).replace("$", r"\$").lstrip("_")
+        alike = count[short[key]] > 1 and isinstance(key, Path)
+        label = (f"{key.parent}/{key.name}" if alike else short[key]).replace("$", r"\$")
+        label = f" {label}" if label.startswith("_") else label  # else matplotlib would hide it
         experiments[label if len(runs) == 1 else f"{label} ({len(runs)} seeds)"] = runs
     return experiments
 
@@ -98,8 +103,6 @@ picture = section_of_dapo("The picture")
 
 def comparison_figure(experiments):
     """All in each panel: one for each entry of COMPARED that has data."""
-    from matplotlib.figure import Figure
-
     titles = with_data(experiments, COMPARED)
     rows = math.ceil(len(titles) / 4)
     figure = Figure(figsize=(14, 0.8 + 2.8 * rows), layout="constrained")
@@ -115,8 +118,6 @@ def comparison_figure(experiments):
 
 def each_figure(experiments):
     """A column for each but the first, which is drawn in all columns."""
-    from matplotlib.figure import Figure
-
     (first, first_runs), *others = experiments.items()
     if not others:
         fail("python -m tools.plot --each takes two runs or more: it draws the first beside each of the others")
@@ -154,8 +155,6 @@ def plot_runs(axes, runs, metric, against, **style):
 
 def finish(axes, title, experiments):
     """Labels, limits, and ticks: at evaluations if there are any."""
-    from matplotlib.ticker import MaxNLocator
-
     _, against, *limits = COMPARED[title]
     everything = [run for runs in experiments.values() for run in runs]
     curves = [run["eval/accuracy"] for run in everything if "eval/accuracy" in run] or everything[0].values()
