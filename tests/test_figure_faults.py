@@ -149,15 +149,14 @@ def test_kl_avg_and_odd_names_are_drawn(main, settings, set_reward, monkeypatch)
     real = matplotlib.figure.Figure.savefig
 
     def save(figure, *parts, **others):
-        for number, axes in enumerate(figure.axes):
-            drawn.update({line.get_label(): number for line in axes.get_lines()})
+        drawn.update({axes.get_title(): axes.get_legend_handles_labels()[1] for axes in figure.axes})
         return real(figure, *parts, **others)
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", save)
     set_reward(lambda solution_str, **others: {"score": next(coin), r"$\x$": 1.0})
     main([*settings, "--NUM_STEPS=1", "--KL_COEF=0.1", "--EVAL_SAMPLES=2"])
-    assert drawn["eval/avg@2"] == drawn["eval/accuracy"] == drawn["accuracy"]
-    assert "kl" in drawn and r"reward/\$\x\$" in drawn
+    assert drawn["accuracy"] == ["training", "held-out, greedy", "held-out, avg@2"]
+    assert "KL (nats per token)" in drawn and drawn["reward"] == ["mean", r"\$\x\$"]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
