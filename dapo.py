@@ -1233,10 +1233,9 @@ def draw_metrics(folder):
     """Draws training_metrics.png from the run.db in a folder."""
     with contextlib.closing(sqlite3.connect(Path(folder) / "run.db")) as db:
         rows = db.execute("SELECT name, step, value FROM metrics WHERE value NOTNULL ORDER BY name, step").fetchall()
-    groups = itertools.groupby(rows, lambda row: row[0])
-    figure = metrics_figure({name: [*zip(*points)][1:] for name, points in groups})
+    curves = {name: [*zip(*points)][1:] for name, points in itertools.groupby(rows, lambda row: row[0])}
     with complete(Path(folder) / "training_metrics.png") as unfinished:
-        figure.savefig(unfinished, format="png", dpi=160)
+        metrics_figure(curves).savefig(unfinished, format="png", dpi=160)
 
 
 # ---- The picture; tools/plot.py runs this section alone, without torch ----------------------------------------------
@@ -1267,8 +1266,8 @@ def metrics_figure(curves):
     for title, (*_, metrics) in PANELS.items():
         for pattern, _, label in (metric.partition(" ") for metric in metrics.split("; ")):
             for name in fnmatch.filter(sorted(curves.keys() - {"reward/timeouts"}), pattern):
-                own = name.partition("/")[2].replace("$", r"\$")
-                panels.setdefault(title, {})[name] = label.replace("*", own.lstrip("_"))  # with _, it would be hidden
+                own = name.partition("/")[2].replace("$", r"\$").lstrip("_")  # labels that begin with _ are hidden
+                panels.setdefault(title, {})[name] = label.replace("*", own)
     cells = [title for title in [*panels][:4] for _ in range(2)] + [*panels][4:] + ["."] * 3
     rows = [cells[first : first + 4] for first in range(0, len(cells) - 3, 4)]
     figure = Figure(figsize=(12, 2 + 2 * len(rows)), layout="constrained")
