@@ -74,7 +74,7 @@ def read_run(name, folder, step=None):
                 "name": name or Path(folder).absolute().name,
                 "folder": str(folder),
                 "constants": read_constants(db),
-                "metrics": {name: [*zip(steps, map(finite, values))] for name, (steps, values) in metrics.items()},
+                "metrics": points_of(metrics),
                 "recorded": recorded,
                 "opens": step or most_held(metrics, chosen),
                 "steps": [{"step": step, "groups": read_groups(db, step)} for step in chosen],
@@ -82,6 +82,14 @@ def read_run(name, folder, step=None):
             }
     except (sqlite3.Error, ValueError, IndexError) as error:
         fail(f"{folder}/run.db does not hold what the page shows, as one of an earlier dapo.py does not: {error}")
+
+
+def points_of(metrics):
+    """{name: [(step, value)]} of the metrics, and the share of groups that are all right or all wrong."""
+    points = {name: [*zip(steps, map(finite, values))] for name, (steps, values) in metrics.items()}
+    wrong = dict(points.get("groups/all_wrong", ()))
+    alike = [(step, share + wrong[step]) for step, share in points.get("groups/all_correct", ())]
+    return points | {"groups/alike": alike}
 
 
 def most_held(metrics, steps):
