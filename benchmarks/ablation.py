@@ -220,14 +220,14 @@ def draw(runs):
     ideas = [idea for idea in DRAWN if {"dapo", f"dapo without {idea}"} <= runs.keys()]
     if not ideas:
         return
-    figure = Figure(figsize=(3.4 * len(ideas), 6), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(ideas), 6.5), layout="constrained")
     sampled = f"avg@{RUN['EVAL_SAMPLES']}"
     for column, idea in enumerate(ideas, 1):
-        panels = {f"accuracy (held-out, {sampled})": (f"eval/{sampled}", "step", 0, 1)}
+        panels = {f"{idea}\n\naccuracy (held-out, {sampled})": (f"eval/{sampled}", "step", 0, 1)}
         panels[DRAWN[idea]] = plot.COMPARED[DRAWN[idea]]
         for place, (title, (metric, against, *limits)) in zip((column, len(ideas) + column), panels.items()):
             axes = figure.add_subplot(2, len(ideas), place)
-            for number, (setting, label) in enumerate([("dapo", f"with {idea}"), (f"dapo without {idea}", "without")]):
+            for number, (setting, label) in enumerate([("dapo", "with"), (f"dapo without {idea}", "without")]):
                 plot.plot_runs(axes, runs[setting], metric, against, label=label, **plot.style(number))
             plot.picture.frame(axes, title, *limits, range(0, STEPS + 1, RUN["EVAL_EVERY"]))
             axes.legend(fontsize="small")

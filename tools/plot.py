@@ -23,9 +23,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
     "accuracy (held-out, greedy)": ("eval/accuracy", "step", 0, 1),
     "accuracy (training)": ("accuracy", "step", 0, 1),
@@ -44,8 +41,7 @@ EACH = ["accuracy (training)", "response length (tokens)", "entropy (nats per to
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if "-h" in words or "--help" in words:
-        print(__doc__)
-        return
+        return print(__doc__)
     runs = [word for word in words if word != "--each"]
     if not runs or any(run.startswith("-") for run in runs):
         fail("python -m tools.plot takes the folder of a run, or of several, which may be NAME=FOLDER, and --each")
@@ -103,6 +99,8 @@ picture = section_of_dapo("The picture")
 
 def comparison_figure(experiments):
     """All in each panel: one for each entry of COMPARED that has data."""
+    from matplotlib.figure import Figure
+
     titles = with_data(experiments, COMPARED)
     rows = math.ceil(len(titles) / 4)
     figure = Figure(figsize=(14, 0.8 + 2.8 * rows), layout="constrained")
@@ -118,6 +116,8 @@ def comparison_figure(experiments):
 
 def each_figure(experiments):
     """A column for each but the first, which is drawn in all columns."""
+    from matplotlib.figure import Figure
+
     (first, first_runs), *others = experiments.items()
     if not others:
         fail("python -m tools.plot --each takes two runs or more: it draws the first beside each of the others")
@@ -159,10 +159,11 @@ def finish(axes, title, experiments):
     everything = [run for runs in experiments.values() for run in runs]
     curves = [run["eval/accuracy"] for run in everything if "eval/accuracy" in run] or everything[0].values()
     steps = sorted({step for steps, _ in curves for step in steps})
+    locator = axes.xaxis.get_major_locator()
     picture.frame(axes, title, *limits, steps if against == "step" else [0])
     if against != "step":
         axes.set_xlabel(against)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(locator)
 
 
 def label_ends(axes):
