@@ -27,7 +27,7 @@ from tools import plot
 from tools.plot import fail
 
 FILES = "show.html", "show_words.json"  # the template of the page, and its words in English and in Chinese
-LIMIT = 24e6  # characters of the responses on a page; with more, browsers on phones would take long
+LIMIT = 12e6  # characters of the responses of steps, and of evaluations; with more, a page would open slowly
 LONGEST = 4000  # characters shown of a response whose tokens run.db does not hold
 RESPONSE = "prediction accuracy reward penalty advantage length truncated fate".split()
 
@@ -40,6 +40,8 @@ def main(argv=None):
     parser.add_argument("--unipo", action="store_true")
     options = parser.parse_args(argv)
     runs = [read_run(*plot.split(word), options.step) for word in options.folders]
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [run | {"name": run["folder"]} for run in runs]
     place = Path(runs[0]["folder"], "steps.html") if len(runs) == 1 else Path("outputs", "comparison.html")
     try:
         print(write(place, page(runs)))
@@ -68,17 +70,21 @@ def read_run(name, folder, step=None):
     try:
         with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
             db.row_factory = sqlite3.Row
-            recorded = [row["step"] for row in db.execute("SELECT DISTINCT step FROM responses ORDER BY step")]
-            chosen = fitting(db, recorded, step)
+            sizes, evaluations = sizes_of(db, "responses"), sizes_of(db, "held_out")
+            if not sizes:
+                fail(f"the run in {folder} has not recorded a step yet")
+            if step is not None and step not in sizes:
+                fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
+            chosen = fitting(sizes, step)
             return {
                 "name": name or Path(folder).absolute().name,
                 "folder": str(folder),
                 "constants": read_constants(db),
                 "metrics": points_of(metrics),
-                "recorded": recorded,
+                "recorded": [*sizes],
                 "opens": step or most_held(metrics, chosen),
                 "steps": [{"step": step, "groups": read_groups(db, step)} for step in chosen],
-                "held_out": read_held_out(db),
+                "held_out": read_held_out(db, fitting(evaluations)),
             }
     except (sqlite3.Error, ValueError, IndexError) as error:
         fail(f"{folder}/run.db does not hold what the page shows, as one of an earlier dapo.py does not: {error}")
@@ -109,18 +115,20 @@ def read_constants(db):
     return constants
 
 
-def fitting(db, steps, wanted):
+def sizes_of(db, table):
+    """{step: characters that its responses take up on the page}; without steps that an earlier dapo.py recorded."""
+    shown = "ifnull(length(tokens) + length(probabilities) + length(ratios), min(length(response), ?))"
+    query = f"SELECT step, sum({shown}) FROM {table} WHERE fate NOTNULL GROUP BY step ORDER BY step"
+    return dict(map(tuple, db.execute(query, [LONGEST])))
+
+
+def fitting(sizes, wanted=None):
     """As many of the steps, at equal distances, as fit on the page, and always the first, the last, and the wanted."""
-    if not steps:
-        fail("the run has not recorded a step yet")
-    if wanted is not None and wanted not in steps:
-        fail(f"--step {wanted} is not recorded; there are the steps {steps[0]} to {steps[-1]}")
-    columns = "ifnull(length(tokens) + length(probabilities) + length(ratios), min(length(response), ?))"
-    sizes = dict(db.execute(f"SELECT step, sum({columns}) FROM responses GROUP BY step", [LONGEST]))
+    steps = [*sizes]
     for stride in itertools.count(1):
-        chosen = sorted({*steps[::stride], steps[-1]} | ({wanted} if wanted is not None else set()))
+        chosen = {*steps[::stride], *steps[-1:], wanted} - {None}
         if sum(sizes[step] for step in chosen) <= LIMIT or stride > len(steps):
-            return chosen
+            return sorted(chosen)
 
 
 def read_groups(db, step):
@@ -144,17 +152,17 @@ def read_groups(db, step):
     return list(groups.values())
 
 
-def read_held_out(db):
-    """[{question, answer, responses}] of the held-out questions, with the response of each evaluation."""
+def read_held_out(db, steps):
+    """[{question, answer, responses}] of the held-out questions, with the response of each of these evaluations."""
     questions = {}
-    columns = "step, question, answer, response, prediction, accuracy, length, truncated"
-    for row in db.execute(f"SELECT {columns} FROM held_out ORDER BY step, number"):
-        question, answer, response = row["question"], row["answer"], dict(row)
-        response |= {"text": shortened(response.pop("response")), "truncated": bool(row["truncated"])}
-        del response["question"], response["answer"]
-        seen = questions.setdefault((question, answer), {"question": question, "answer": answer, "responses": []})
-        if row["step"] not in [earlier["step"] for earlier in seen["responses"]]:  # asked twice, as some data sets do
-            seen["responses"].append(response)
+    for row in db.execute("SELECT * FROM held_out ORDER BY step, number"):
+        key = row["question"], row["answer"]
+        asked = questions.setdefault(key, {"question": row["question"], "answer": row["answer"], "responses": []})
+        earlier = asked["responses"][-1]["step"] if asked["responses"] else None
+        if row["step"] in steps and row["step"] != earlier:  # some data sets ask a question twice
+            response = {name: row[name] for name in ("step", "accuracy", "length")}
+            response |= {"text": shortened(row["response"]), "truncated": bool(row["truncated"])}
+            asked["responses"].append(response)
     return list(questions.values())
 
 
@@ -197,15 +205,10 @@ def unipo(run):
         metrics = {name: value for name, value in at.items() if value is not None}
         metrics |= {"reward": at["reward/mean"], "policy_objective": -metrics.get("policy_loss", 0.0)}
         groups = [group for group in step["groups"] if all("ratios" in response for response in group["responses"])]
-        prompts = [
-            {
-                "prompt": group["question"],
-                "responses": [unipo_response(r, run["constants"]) for r in group["responses"]],
-            }
-            for group in groups[:3]
-        ]
-        entries.append({"step": step["step"], "is_first_step_after_rollout_phase": True})
-        entries[-1] |= {"metrics": metrics, "prompts": prompts}
+        responses = [[unipo_response(r, run["constants"]) for r in group["responses"]] for group in groups[:3]]
+        prompts = [{"prompt": group["question"], "responses": part} for group, part in zip(groups, responses)]
+        about = {"step": step["step"], "is_first_step_after_rollout_phase": True}
+        entries.append(about | {"metrics": metrics, "prompts": prompts})
     header = {"algorithm": run["name"], "model_name": run["constants"]["MODEL"], "totalSteps": len(entries)}
     return {"header": header | {"hparams": run["constants"]}, "entries": entries}
 
