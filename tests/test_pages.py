@@ -288,7 +288,8 @@ def follow(tmp_path, monkeypatch):
 
     def follow(command):
         """In this process, except for a python -c. What would train or sample begins with SHORT."""
-        program, script, *words = shlex.split(command.replace("step = 10", "step = 1"), comments=True)
+        one_step = command.replace("step = 10", "step = 1").replace("--step 3", "--step 1")
+        program, script, *words = shlex.split(one_step, comments=True)
         assert program == "python"
         if script == "-c":
             assert subprocess.run([sys.executable, "-c", *words], capture_output=True, check=True).stdout
@@ -299,7 +300,7 @@ def follow(tmp_path, monkeypatch):
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 3 apples.\n")))  # for tools.chat
             if script == "-m":
                 module = importlib.import_module(words.pop(0))
-                takes_constants = module.__name__ not in ("tools.plot", "tools.mirror")
+                takes_constants = module.__name__ not in ("tools.plot", "tools.show", "tools.mirror")
                 constants = short_without_data if "mine.py" in words else short
                 module.main([*constants, *words] if takes_constants else words)
             elif script in ("dapo.py", "grpo.py"):
@@ -329,7 +330,7 @@ def test_commands_run(follow, tmp_path, monkeypatch, capsys):
     run = tmp_path / "outputs/dapo_1"  # the first one, renamed since
     saved = "dapo.py reward.py train_script.py constants.py".split()
     assert {path.name for path in run.iterdir()} - {"checkpoint.previous.pt"} == set(
-        "training_metrics.png checkpoint.pt run.db step_1".split()
+        "training_metrics.png checkpoint.pt run.db step_1 steps.html".split()
     )
     assert {path.name for path in (run / "step_1").glob("*.py")} == {*saved}
     # GRPO has all metrics: it drops no group.
