@@ -117,7 +117,7 @@ def read_constants(db):
 
 def sizes_of(db, table):
     """{step: characters that its responses take up on the page}; without steps that an earlier dapo.py recorded."""
-    shown = "ifnull(length(tokens) + length(probabilities) + length(ratios), min(length(response), ?))"
+    shown = "ifnull(length(tokens) + length(probabilities) + length(ratios), min(length(CAST(response AS BLOB)), ?))"
     query = f"SELECT step, sum({shown}) FROM {table} WHERE fate NOTNULL GROUP BY step ORDER BY step"
     return dict(map(tuple, db.execute(query, [LONGEST])))
 
@@ -168,23 +168,22 @@ def read_held_out(db, steps):
 
 def whole_texts(tokens, response):
     """The texts of a response's tokens, in which a part of a character is � and some tokenizers omit a space in front,
-    made whole by the response's text: of the tokens that make up one character, the last gets all of it."""
-    texts, place = list(tokens), 0
-    waiting = None  # the last � whose character is still to come
-    for number, token in enumerate(tokens):
-        if "\N{REPLACEMENT CHARACTER}" in token:
-            if waiting is not None:
-                texts[waiting] = ""
-            waiting = number
+    made whole by the response's text: of the tokens that make up characters, the last gets all of them."""
+    texts, place, parts = list(tokens), 0, []  # parts: places of the � whose characters are still to come
+    for number, token in enumerate([*tokens, None]):  # None: the end
+        if token is not None and "\N{REPLACEMENT CHARACTER}" in token:
+            parts.append(number)
             continue
-        found = response.find(token, place, place + len(token) + 9) if token else -1
-        if found < 0:  # a special token, which the text leaves out
+        room = 9 + len(parts)  # characters that may lie between this token and the last one that was found
+        found = response.find(token, place, place + len(token) + room) if token else len(response)
+        if found < 0 or token == "":  # a special token, which the text leaves out
             continue
-        between, place = response[place:found], found + len(token)
-        if waiting is not None:
-            texts[waiting], waiting = between or texts[waiting], None
-        else:
+        between = response[place:found]
+        for part in parts:
+            texts[part] = between if part == parts[-1] else ""
+        if token and not parts:
             texts[number] = between + token
+        place, parts = found + len(token or ""), []
     return texts
 
 
@@ -219,7 +218,7 @@ def unipo_response(response, constants):
     low, high = 1 - constants["CLIP_RANGE_LOW"], 1 + constants["CLIP_RANGE_HIGH"]
     old = [math.log(max(p or 0.0, 1e-30)) for p in response["probabilities"]]
     tokens = {
-        "ids": [zlib.crc32(text.encode()) for text in response["tokens"]],
+        "ids": [zlib.crc32(repr(text).encode()) for text in response["tokens"]],
         "strings": response["tokens"],
         "old_log_probs": old,
         "log_probs": [before + math.log(max(ratio, 1e-30)) for before, ratio in zip(old, ratios)],
