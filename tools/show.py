@@ -39,9 +39,10 @@ def main(argv=None):
     parser.add_argument("--step", type=int, metavar="N")
     parser.add_argument("--unipo", action="store_true")
     options = parser.parse_args(argv)
-    runs = [read_run(*plot.split(word), options.step) for word in options.folders]
-    if len({run["name"] for run in runs}) < len(runs):
-        runs = [run | {"name": run["folder"]} for run in runs]
+    named = [plot.split(word) for word in options.folders]
+    names = [name or Path(folder).absolute().name for name, folder in named]
+    names = [name if given or names.count(name) < 2 else folder for name, (given, folder) in zip(names, named)]
+    runs = [read_run(name, folder, options.step) for name, (_, folder) in zip(names, named)]
     place = Path(runs[0]["folder"], "steps.html") if len(runs) == 1 else Path("outputs", "comparison.html")
     try:
         print(write(place, page(runs)))
@@ -77,7 +78,7 @@ def read_run(name, folder, step=None):
                 fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
             chosen = fitting(sizes, step)
             return {
-                "name": name or Path(folder).absolute().name,
+                "name": name,
                 "folder": str(folder),
                 "constants": read_constants(db),
                 "metrics": points_of(metrics),
@@ -94,7 +95,8 @@ def points_of(metrics):
     """{name: [(step, value)]} of the metrics, and the share of groups that are all right or all wrong."""
     points = {name: [*zip(steps, map(finite, values))] for name, (steps, values) in metrics.items()}
     wrong = dict(points.get("groups/all_wrong", ()))
-    alike = [(step, share + wrong[step]) for step, share in points.get("groups/all_correct", ())]
+    both = [(step, share, wrong.get(step)) for step, share in points.get("groups/all_correct", ())]
+    alike = [(step, share + other) for step, share, other in both if None not in (share, other)]
     return points | {"groups/alike": alike}
 
 
