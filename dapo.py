@@ -1285,8 +1285,9 @@ def metrics_figure(curves):
 
 def frame(axes, title, lowest, highest, steps):
     """Title, limits, a line at 0, and ticks at `steps`, thinned out if they are many."""
-    gap = next(10**n * unit for n in range(9) for unit in (1, 2, 5) if 8 * 10**n * unit >= steps[-1] - steps[0])
-    ticks = sorted({step // gap: step for step in reversed(steps)}.values())
+    every = steps[1] - steps[0] if len(steps) > 1 else 1
+    gap = next(10**n * unit for n in range(9) for unit in (1, 2, 5) if 8 * 10**n * unit * every >= steps[-1]) * every
+    ticks = [step for step in steps if (step - steps[0]) % gap == 0]
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(title=title, xlabel="step", xticks=ticks, ylim=(lowest, highest))
     axes.grid(alpha=0.3)

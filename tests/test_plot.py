@@ -249,7 +249,8 @@ def test_the_bars_of_one_run():
         (range(0, 15, 2), [0, 2, 4, 6, 8, 10, 12, 14]),
         (range(0, 1001, 10), [0, 200, 400, 600, 800, 1000]),
         ([0, 20, 40, 60, 80, 100, 101], [0, 20, 40, 60, 80, 100]),  # 100 and 101 would lie on each other
-        (range(0, 101, 7), [0, 21, 42, 63, 84]),
+        (range(0, 101, 7), [0, 14, 28, 42, 56, 70, 84, 98]),
+        (range(0, 21, 2), [0, 4, 8, 12, 16, 20]),  # at equal distances
     ],
 )
 def test_ticks_are_at_evaluations(steps, ticks):
