@@ -119,8 +119,7 @@ def each_figure(experiments):
     from matplotlib.figure import Figure
 
     (first, first_runs), *others = experiments.items()
-    if not others:
-        fail("python -m tools.plot --each takes two runs or more: it draws the first beside each of the others")
+    others or fail("python -m tools.plot --each takes two runs or more: it draws the first beside each of the others")
     titles = with_data(experiments, EACH)
     figure = Figure(figsize=(0.8 + 2.6 * max(2, len(others)), 0.8 + 2.2 * len(titles)), layout="constrained")
     grid = figure.subplots(len(titles), len(others), sharex=True, sharey="row", squeeze=False)
@@ -130,7 +129,8 @@ def each_figure(experiments):
             plot_runs(axes, first_runs, *COMPARED[title][:2], label=first, color="gray", linestyle="--")
         for axes, (label, _) in zip(row, others):
             finish(axes, title, experiments)
-            axes.set(title=label if title == titles[0] else "", xlabel="step" if title == titles[-1] else "")
+            name, below = label.replace(" (", "\n("), "step"
+            axes.set(title=name if title == titles[0] else "", xlabel=below if title == titles[-1] else "")
         row[0].set_ylabel(title.replace(" (", "\n("))
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", handlelength=3)
     return figure
