@@ -1106,8 +1106,8 @@ def response_rows(groups, tokenizer):
             judged = r.accuracy, r.reward, r.penalty, r.advantage, len(r.tokens), r.truncated, r.advantage is not None
             tokens = [None] * 3
             if r.log_probs is not None and (left := left - len(r.tokens)) >= 0:
-                numbers = r.old_log_probs.exp(), (r.log_probs - r.old_log_probs).exp()
-                numbers = [[float(f"{value:.4g}") for value in values.tolist()] for values in numbers]
+                numbers = r.old_log_probs.exp(), (r.log_probs - r.old_log_probs).clamp(-20, 20).exp()
+                numbers = [[float(f"{x:.4g}") if x == x else None for x in values.tolist()] for values in numbers]
                 tokens = [json.dumps(values) for values in (tokenizer.batch_decode(r.tokens[:, None]), *numbers)]
             yield number, r.round, *said, *judged, r.fate, *tokens
 
@@ -1155,7 +1155,7 @@ def evaluate(model, tokenizer, questions):
     set_seed("evaluation")
     greedy = list(itertools.chain(*sample_groups(model, tokenizer, questions, 1, greedy=True)))
     metrics = {
-        "eval/questions": len(questions),
+        "eval/questions": len(greedy),
         "eval/accuracy": statistics.fmean(response.accuracy for response in greedy),
         "eval/response_length": statistics.fmean(len(response.tokens) for response in greedy),
         "eval/truncated_fraction": statistics.fmean(response.truncated for response in greedy),

@@ -99,11 +99,6 @@ def take_step(step=1):
     )
 
 
-def lost(response):
-    """How much reward it lost for its length: 1 is for a right answer, -1 for a wrong one."""
-    return 2 * response.accuracy - 1 - response.reward
-
-
 def draw_step(taken, path):
     figure = Figure(figsize=(16, 8))
     figure.text(0.5, 0.96, "One training step: the first of python dapo.py", ha="center", va="center", fontsize=16)
@@ -157,13 +152,13 @@ def draw_groups(axes, kept, dropped):
 def draw_shape(axes, taken):
     responses = [*itertools.chain(*taken.sampled)]
     axes.plot(
-        [len(response.tokens) for response in responses], [-lost(response) for response in responses], "o", color=RED
+        [len(response.tokens) for response in responses], [response.penalty for response in responses], "o", color=RED
     )
     axes.axvline(dapo.MAX_RESPONSE_LENGTH, color=GRAY, linestyle="--")
     axes.set(xlim=(0, 1.05 * dapo.MAX_RESPONSE_LENGTH), ylim=(-1.05, 0.05))
     axes.set_xlabel("length of the response (tokens)", fontsize=12)
     axes.set_ylabel("added to its reward", fontsize=12)
-    fewer = [lost(response) for response in responses if lost(response) > 1e-6]
+    fewer = [-response.penalty for response in responses if response.penalty]
     mean = sum(fewer) / max(1, len(fewer))
     return (
         f"{len(fewer)} of {len(responses)} responses come\nclose to the limit of {dapo.MAX_RESPONSE_LENGTH}\n"

@@ -31,4 +31,4 @@ def test_both_are_drawn(set_constants, monkeypatch, tmp_path):
     assert len(taken.sampled) == sum(len(kept) + len(dropped) for kept, dropped in taken.rounds)
     assert len(taken.batch) == taken.metrics["groups_trained"] and 1 <= taken.updates <= 2
     for response in taken.sampled[0]:
-        assert pictures.lost(response) == pytest.approx(max(0, len(response.tokens) - 8) / 32)
+        assert -response.penalty == pytest.approx(max(0, len(response.tokens) - 8) / 32)

@@ -386,3 +386,10 @@ def test_the_trainer_that_the_page_shows_can_be_compared(monkeypatch, tmp_path):
     assert curves["accuracy"] == (list(range(1, 41)), [0.4] * 40) and len(curves["minutes of training"][0]) == 41
     plot.main(["outputs/mine", "outputs/mine"])
     assert (tmp_path / "outputs/comparison.png").exists()
+
+
+def test_without_times_there_is_no_panel_by_time(tmp_path):
+    """Not even for the evaluation before training, whose time would be 0."""
+    folders = [home_made_run(tmp_path / name, [(0, "eval/accuracy", 0.2), (2, "eval/accuracy", 0.6)]) for name in "ab"]
+    figure = plot.comparison_figure(plot.read_experiments(folders))
+    assert [axes.get_title() for axes in figure.axes] == ["accuracy (held-out, greedy)"]

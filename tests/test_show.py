@@ -305,7 +305,7 @@ def old_columns(folder):
 def no_step(folder):
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
         db.execute("DELETE FROM responses")
-    return [], "has not recorded a step yet"
+    return [], "has recorded no responses yet, which the page needs"
 
 
 def torn_json(folder):
@@ -432,7 +432,7 @@ def said_keys():
     colors = json.loads(re.sub(r"(\w+):", r'"\1":', colors))
     keys |= {*colors} | {f"{name} {end}" for name, ends in colors.items() for end in ends}
     keys |= {f"part {number}" for number in range(1, 7)} | {"all", "token mean", "response mean"}
-    keys = keys - {"free"} | {"show free", "show high"}
+    keys = keys - {"free"} | {"show free", "show high", "larger"}
     lists = re.search(r"const head = \[(.*?)\];", TEMPLATE)[1] + str(re.findall(r'\["token".*?\]', TEMPLATE))
     return keys | set(re.findall(r'"([^"]+)"', lists)) | set(re.findall(r'"(is \w+)"', TEMPLATE)) | set(FATES)
 
@@ -664,11 +664,12 @@ def test_the_figures_of_each_token(pages, view):
         for place, (ratio, p, text) in enumerate(numbers):
             page.click(f'[data-i="{place}"]')
             verdict, bounded = expected_verdict(advantage, ratio), -advantage * min(1.28, max(0.8, ratio))
+            terms = dict(plain=signed(-advantage * ratio), low="0.8", high="1.28", bounded=signed(bounded))
             assert texts_in(page, "#figures p") == [
                 said("token", n=place + 1, all=len(texts), token=text),
                 said("ratios", p=f"{p:.3g}", now=f"{p * ratio:.3g}", ratio=f"{ratio:.3g}", advantage=signed(advantage)),
-                said("larger", plain=signed(-advantage * ratio), low="0.8", high="1.28", bounded=signed(bounded)),
-                said(verdict),
+                *[said("larger", **terms)] * (verdict in ("is held", "is back")),
+                said(verdict, **terms),
                 said("weight", parts=5 + 4 + 4000 + 2 + 3 + 10, LOSS_AGG_MODE="token-mean"),  # all that are trained on
             ]
             mark = ("▲" if advantage > 0 else "▼") if verdict == "is held" else ""
@@ -790,7 +791,7 @@ def test_the_story_tells_the_numbers_of_the_step(pages, view):
         said("part 4", "compared", "for example", "show compared",
              GROUP_SIZE=2, right=1, size=2, plus="+0.71", minus="−0.71"),
         said("part 5", "clipped", "not all recorded", "clip-higher", "show free",
-             passes=3, low=0.8, high=1.28, up=1, down=1, tokens=4014, all=4024, risen=2, between=1),
+             passes=3, low=0.8, high=1.28, least=0.0128, up=1, down=1, tokens=4014, all=4024, risen=2, between=1),
         said("part 6", "token mean", "show longest", LOSS_AGG_MODE="token-mean", long=4000, short=2, times=2000),
     ]  # fmt: skip
 
@@ -815,7 +816,7 @@ def test_the_story_tells_the_numbers_of_the_step(pages, view):
         said("part 4", "compared", "for example", "show compared",
              GROUP_SIZE=2, right=1, size=2, plus="+0.71", minus="−0.71"),
         said("part 5", "clipped", "clip-higher",
-             passes=3, low=0.8, high=1.28, up=0, down=0, tokens=4, risen=0, between=0),
+             passes=3, low=0.8, high=1.28, least=0.0128, up=0, down=0, tokens=4, risen=0, between=0),
         said("part 6", "token mean", "show longest", LOSS_AGG_MODE="token-mean", long=2, short=2, times=1),
     ]  # fmt: skip
 
@@ -839,6 +840,42 @@ def test_constants_choose_what_the_story_tells(view, tmp_path):
     assert page.get_attribute('[data-key="group 2"]', "aria-expanded") == "true"
     assert page.get_attribute('[data-key="response 0"]', "aria-pressed") == "true"
     assert "+1.00 − 0.25 = +0.75" in text_of(page, ".opened table")
+
+
+@pytest.mark.parametrize("high, key, up, risen, between", [
+    (0.25, "clip-higher", 1, 2, 1), (0.1, "no clip-higher", 3, 3, 2), (0.4, "clip-higher", 0, 2, 2),
+])  # fmt: skip
+def test_what_only_a_higher_end_would_push(high, key, up, risen, between, view, tmp_path):
+    """Of tokens at 1.15, 1.25, and 1.26 or more: between GRPO's end and the run's, or the run's and DAPO's."""
+    one, other = answer("abc", 1.0, A, [1.15, 1.25, 1.3], ["a", "b", "c"]), answer("d", 0.0, -A, [1.0, 1.0])
+    show.main([str(make_run(tmp_path / "run", {1: [group(one, other)]}, CLIP_RANGE_HIGH=high))])
+    end, least = f"{1 + high:.3g}", f"{(1 + high) / 100:.3g}"
+    story = text_of(view(tmp_path / "run/steps.html"), "#story")
+    assert said(key, up=up, risen=risen, between=between, high=end, least=least) in story
+
+
+def test_graded_rewards_are_not_told_as_right_and_wrong(view, tmp_path):
+    """No example of right against wrong where the wrong ones differ; a sign and a word for what lies in between."""
+    graded = group(
+        answer("a", 1.0, 1.2, [1.0, 1.0]), answer("b", 0.0, -0.1, [1.0, 1.0]), answer("c", 0.5, -1.1, [1.0, 1.0])
+    )
+    alike = group(answer("x", 0.5, fate="all equal"), answer("y", 0.5, fate="all equal"))
+    show.main([str(make_run(tmp_path / "run", {1: [graded, alike]}))])
+    page = view(tmp_path / "run/steps.html")
+    assert texts_in(page, ".group > span:nth-child(2)") == ["✓✗~", "~~"]
+    story = texts_in(page, "#story li")
+    assert said("equal", equal=1) in story[1] and story[3] == said("part 4", "compared")
+
+
+def test_a_held_out_question_without_a_verdict_is_left_out(monkeypatch, view, tmp_path):
+    """At the evaluations that the page has room for."""
+    monkeypatch.setattr(show, "LIMIT", 3000)
+    judged = [
+        (step, [group(answer("a" * 900))] + [group(answer("b"), question="rare?")] * (step == 1)) for step in range(8)
+    ]
+    show.main([str(make_run(tmp_path / "run", {1: [pair()]}, judged))])
+    page = view(tmp_path / "run/steps.html")
+    assert "rare?" not in page.inner_text("#heldOut") and page.locator(".answers > div").count() == 3
 
 
 def test_groups_can_be_chosen_by_their_fate(pages, view):
@@ -958,7 +995,9 @@ def test_a_ratio_that_is_not_finite_is_not_held(view, tmp_path):
     page = view(tmp_path / "run/steps.html")
     open_response(page, 0, 0)
     assert page.locator(".token").count() == 2 and page.locator(".token.low, .token.high").count() == 0
-    assert said("clipped", passes=3, low=0.8, high=1.28, up=0, down=0, tokens=4) in text_of(page, "#story")
+    assert said("clipped", passes=3, low=0.8, high=1.28, least=0.0128, up=0, down=0, tokens=4) in text_of(
+        page, "#story"
+    )
 
 
 def test_a_question_is_chosen_by_keyboard_and_stays_in_focus(view, pages):

@@ -221,7 +221,7 @@ def with_derived(curves):
     seconds = at("time/step") or at("time/generate", "time/update")
     minutes = itertools.accumulate(map(sum, seconds.values()), lambda total, more: total + more / 60, initial=0.0)
     derived = {"groups/with_gradient": ([*shares], [*shares.values()])} if shares else {}
-    return derived | curves | {"minutes of training": ([0, *seconds], [*minutes])}
+    return derived | curves | ({"minutes of training": ([0, *seconds], [*minutes])} if seconds else {})
 
 
 def read_metrics(folder):

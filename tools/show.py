@@ -66,14 +66,14 @@ def page(runs):
 
 
 def read_run(name, folder, step=None):
-    """What the page shows of a run: {name, folder, constants, metrics, steps, recorded, held_out}."""
+    """What the page shows of a run: {name, folder, constants, metrics, steps, recorded, opens, held_out}."""
     metrics = plot.read_metrics(folder)
     try:
         with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
             db.row_factory = sqlite3.Row
             sizes, evaluations = sizes_of(db, "responses"), sizes_of(db, "held_out")
             if not sizes:
-                fail(f"the run in {folder} has not recorded a step yet")
+                fail(f"the run in {folder} has recorded no responses yet, which the page needs")
             if step is not None and step not in sizes:
                 fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
             chosen = fitting(sizes, step)
@@ -158,10 +158,12 @@ def read_held_out(db, steps):
     """[{question, answer, responses}] of the held-out questions, with the response of each of these evaluations."""
     questions = {}
     for row in db.execute("SELECT * FROM held_out ORDER BY step, number"):
+        if row["step"] not in steps:
+            continue
         key = row["question"], row["answer"]
         asked = questions.setdefault(key, {"question": row["question"], "answer": row["answer"], "responses": []})
         earlier = asked["responses"][-1]["step"] if asked["responses"] else None
-        if row["step"] in steps and row["step"] != earlier:  # some data sets ask a question twice
+        if row["step"] != earlier:  # some data sets ask a question twice
             response = {name: row[name] for name in ("step", "accuracy", "length")}
             response |= {"text": shortened(row["response"]), "truncated": bool(row["truncated"])}
             asked["responses"].append(response)
