@@ -105,7 +105,7 @@ def comparison_figure(experiments):
     rows = math.ceil(len(titles) / 4)
     figure = Figure(figsize=(14, 0.8 + 2.8 * rows), layout="constrained")
     for place, title in enumerate(titles, 1):
-        axes = figure.add_subplot(rows, min(4, len(titles)), place)
+        axes = figure.add_subplot(rows, math.ceil(len(titles) / rows), place)
         for number, (label, runs) in enumerate(experiments.items()):
             plot_runs(axes, runs, *COMPARED[title][:2], label=label, **style(number))
         finish(axes, title, experiments)
