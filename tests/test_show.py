@@ -536,10 +536,10 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright, and chromium")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("there is no chromium on the PATH")
+        pytest.skip("needs chromium on the PATH, and pip install playwright")
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield opened
