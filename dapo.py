@@ -862,23 +862,23 @@ class RewardFault(SystemExit):
 
 # ---- The record of a run --------------------------------------------------------------------------------------------
 
+COLUMNS = """step number group_number round question answer response prediction accuracy reward penalty advantage length
+truncated kept fate tokens probabilities ratios""".split()  # the last three are JSON lists, of trained responses only
 # With a write-ahead log, others can read while the run writes; emptied at once, it need not be copied. What is deleted
 # was recorded after the checkpoint that the run resumes from.
-TABLES = """
+TABLES = f"""
 PRAGMA journal_mode = WAL;
 PRAGMA wal_autocheckpoint = 1;
 BEGIN;
 CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name));
 CREATE TABLE IF NOT EXISTS constants (step INTEGER, name TEXT, value TEXT, PRIMARY KEY (step, name));
-CREATE TABLE IF NOT EXISTS responses ({columns}, PRIMARY KEY (step, number));
-CREATE TABLE IF NOT EXISTS held_out ({columns}, PRIMARY KEY (step, number));
-DELETE FROM metrics WHERE step > {step};
-DELETE FROM responses WHERE step > {step};
-DELETE FROM held_out WHERE step > {step};
+CREATE TABLE IF NOT EXISTS responses ({", ".join(COLUMNS)}, PRIMARY KEY (step, number));
+CREATE TABLE IF NOT EXISTS held_out ({", ".join(COLUMNS)}, PRIMARY KEY (step, number));
+DELETE FROM metrics WHERE step > {{step}};
+DELETE FROM responses WHERE step > {{step}};
+DELETE FROM held_out WHERE step > {{step}};
 COMMIT;
 """
-COLUMNS = """step number group_number round question answer response prediction accuracy reward penalty advantage length
-truncated kept fate tokens probabilities ratios""".split()  # the last three are JSON lists, of trained responses only
 # What may change when a run is resumed: its folder, device, and length, what is saved and how often, and its memory.
 FREE = """OUTPUT_DIR RESUME DEVICE NUM_STEPS NUM_EPOCHS EVAL_EVERY SAVE_EVERY CHECKPOINT_EVERY GENERATION_BATCH
 MICRO_BATCH_TOKENS LOGITS_CHUNK GRADIENT_CHECKPOINTING RECORDED_TOKENS""".split()
@@ -893,7 +893,7 @@ def open_run(model, tokenizer, optimizer, questions, held_out):
         run.resume()
         run.folder.mkdir(exist_ok=True)
         run.db = opened.enter_context(contextlib.closing(sqlite3.connect(run.folder / "run.db")))
-        run.db.executescript(TABLES.format(step=run.step, columns=", ".join(COLUMNS)))
+        run.db.executescript(TABLES.format(step=run.step))
         for name in {*COLUMNS} - {column[1] for column in run.db.execute("PRAGMA table_info(responses)")}:
             run.db.execute(f"ALTER TABLE responses ADD COLUMN {name}")  # of a run that an earlier version began
         then = dict(run.db.execute("SELECT name, value FROM constants ORDER BY step"))

@@ -78,22 +78,20 @@ def take_step(step=1):
     questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), dapo.LEARNING_RATE, weight_decay=dapo.WEIGHT_DECAY)
     stream = dapo.question_stream(questions, SimpleNamespace(drawn=0))
-    rounds, filter_groups = [], dapo.filter_groups
-
-    def noted(groups):
-        rounds.append(filter_groups(groups))
-        return rounds[-1]
-
     updates = mock.Mock(wraps=dapo.accumulate_gradients)
-    with mock.patch.multiple(dapo, filter_groups=noted, accumulate_gradients=updates):
+    with mock.patch.object(dapo, "accumulate_gradients", updates):
         metrics, sampled = dapo.train_step(model, None, tokenizer, optimizer, stream, step)
-    batch = [group for kept, _ in rounds for group in kept][: dapo.BATCH_SIZE]
-    responses = [response for group in batch for response in group]
-    dapo.store_log_probs(model, responses, "base_log_probs")  # those after the updates, where there is room for them
+    rounds = []  # (groups kept, groups dropped) of each
+    for _, groups in itertools.groupby(sampled, lambda group: group[0].round):
+        parts = [], []
+        for group in groups:
+            parts[group[0].fate not in ("trained", "surplus")].append(group)
+        rounds.append(parts)
+    batch = [group for group in sampled if group[0].fate == "trained"]
     ratios = {True: [], False: []}  # of tokens of good responses, and of bad ones
-    for response in responses:
+    for response in itertools.chain(*batch):
         if response.advantage:
-            ratios[response.advantage > 0] += (response.base_log_probs - response.old_log_probs).exp().tolist()
+            ratios[response.advantage > 0] += (response.log_probs - response.old_log_probs).exp().tolist()
     return SimpleNamespace(
         rounds=rounds, sampled=sampled, batch=batch, metrics=metrics, updates=updates.call_count, ratios=ratios
     )
@@ -200,7 +198,7 @@ def draw_update(axes, taken):
     axes.set_yscale("log")
     axes.set_xticks([0.5, 0.8, 1.28, 2], ["0.5", "0.8", "1.28", "2"])
     axes.set_ylim(0.7, 20 * axes.get_ylim()[1])
-    axes.set_xlabel("ratio ρ after the step", fontsize=12)
+    axes.set_xlabel("ratio ρ in the last pass", fontsize=12)
     axes.set_ylabel("tokens", fontsize=12)
     axes.legend(fontsize=10, loc="upper right")
     low, high = (taken.metrics[f"clip_fraction/{end}"] for end in ("low", "high"))

@@ -100,7 +100,7 @@ def test_the_page_holds_what_run_db_holds(main, settings, parity, no_pictures, t
     assert (run["name"], run["folder"], run["recorded"]) == ("run", str(tmp_path / "run"), [1, 2])
     kinds = int, float, str
     values = {name: getattr(dapo, name) for name in dapo.CONSTANTS}
-    expected = {name: value for name, value in values.items() if isinstance(value, kinds)} | {"the script": "dapo.py"}
+    expected = {name: value for name, value in values.items() if isinstance(value, kinds)}
     assert run["constants"] == expected | {"REWARD": ast.literal_eval(dapo.text_of(dapo.REWARD))}
     points = rows(tmp_path / "run", "SELECT name, step, value FROM metrics")
     alike, metrics = run["metrics"].pop("groups/alike"), run["metrics"]

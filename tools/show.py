@@ -107,14 +107,10 @@ def most_held(metrics, steps):
 
 
 def read_constants(db):
-    """{name: value} of those constants that are numbers, text, or truth values, and of the script's name."""
-    constants = {}
-    for name, text in db.execute("SELECT name, value FROM constants ORDER BY step"):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = text if name == "the script" else ast.literal_eval(text)
-            if name.isupper() and isinstance(value, int | float | str) or name == "the script":
-                constants[name] = value
-    return constants
+    """{name: value} of those constants that are numbers, text, or truth values."""
+    rows = db.execute("SELECT name, value FROM constants WHERE name = upper(name) ORDER BY step")
+    constants = {name: ast.literal_eval(text) for name, text in rows}
+    return {name: value for name, value in constants.items() if isinstance(value, int | float | str)}
 
 
 def sizes_of(db, table):

@@ -50,7 +50,7 @@ def read(folder):
             raise ValueError("there is no metrics_*.jsonl with a line in it yet")
         with contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
             for lines in filter(None, starts):
-                db.executescript(dapo.TABLES.format(step=lines[0]["step"], columns=", ".join(dapo.COLUMNS)))
+                db.executescript(dapo.TABLES.format(step=lines[0]["step"]))
                 rows = [
                     (line["step"], *metric) for line in lines for metric in our_metrics(line["data"], held_out, limit)
                 ]
