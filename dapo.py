@@ -1106,7 +1106,8 @@ def response_rows(groups, tokenizer):
             judged = r.accuracy, r.reward, r.penalty, r.advantage, len(r.tokens), r.truncated, r.advantage is not None
             tokens = [None] * 3
             if r.log_probs is not None and (left := left - len(r.tokens)) >= 0:
-                numbers = r.old_log_probs.exp(), (r.log_probs - r.old_log_probs).clamp(-20, 20).exp()
+                now, then = r.log_probs[None], r.old_log_probs[None]
+                numbers = r.old_log_probs.exp(), probability_ratio(now, then, torch.ones_like(now))[0]
                 numbers = [[float(f"{x:.4g}") if x == x else None for x in values.tolist()] for values in numbers]
                 tokens = [json.dumps(values) for values in (tokenizer.batch_decode(r.tokens[:, None]), *numbers)]
             yield number, r.round, *said, *judged, r.fate, *tokens
@@ -1304,8 +1305,8 @@ RULES |= {name: f"0 <= {name} < math.inf" for name in MAY_BE_0} | {
     "NUM_STEPS": "NUM_STEPS is None or NUM_STEPS >= 1",
     "GROUP_SIZE": "GROUP_SIZE >= 2",
     "MINI_BATCHES": "1 <= MINI_BATCHES <= BATCH_SIZE * GROUP_SIZE",
-    "CLIP_RANGE_LOW": "0 < CLIP_RANGE_LOW < 1",
-    "CLIP_RANGE_HIGH": "0 < CLIP_RANGE_HIGH < 1",
+    "CLIP_RANGE_LOW": "0 < CLIP_RANGE_LOW <= 1",
+    "CLIP_RANGE_HIGH": "0 < CLIP_RANGE_HIGH <= 10",
     "OVERLONG_BUFFER_LENGTH": "0 <= OVERLONG_BUFFER_LENGTH <= MAX_RESPONSE_LENGTH",
     "LOSS_AGG_MODE": "LOSS_AGG_MODE in ('token-mean', 'seq-mean-token-sum', 'seq-mean-token-mean')",
     "PROMPT_TEMPLATE": "PROMPT_TEMPLATE in ('boxed', 'answer') or '{question}' in PROMPT_TEMPLATE",

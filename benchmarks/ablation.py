@@ -61,6 +61,7 @@ WITHOUT = {  # the same constants where the idea is not used
 LADDER = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
 RATES = ["1e-5", "5e-5"]  # other learning rates
 FRESH = ["grpo.py", "dapo", "dapo without dynamic sampling"]
+SIBLINGS = ["dr_grpo", "gspo", "cispo", "rloo"]  # files of siblings/
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
 
@@ -77,6 +78,10 @@ def all_settings():
     for rate in RATES:
         settings[f"grpo.py, learning rate {rate}"] = "grpo.py", {"LEARNING_RATE": rate}
     settings[f"dapo, learning rate {RATES[-1]}"] = "dapo.py", {"LEARNING_RATE": RATES[-1]}
+    settings |= {name: (f"-m siblings.{name}", {}) for name in SIBLINGS}
+    wider = {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}
+    settings["gspo, clip 0.97 to 1.04"] = "-m siblings.gspo", wider
+    settings["gspo, four updates"] = "-m siblings.gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}
     return settings
 
 
@@ -106,7 +111,7 @@ def finished_runs(settings):
 
 def start(script, constants, folder, seed):
     constants = RUN | constants | {"SEED": seed, "OUTPUT_DIR": folder}
-    command = [sys.executable, script, *(f"--{name}={value}" for name, value in constants.items())]
+    command = [sys.executable, *script.split(), *(f"--{name}={value}" for name, value in constants.items())]
     with open(f"{folder}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -103,6 +103,31 @@ def test_comparison(figures, monkeypatch, tmp_path, capsys):
     assert min(Image.open(tmp_path / "outputs/comparison.png").size) > 500
 
 
+def test_a_class(figures, monkeypatch, tmp_path, capsys):
+    """A folder of runs: each in a folder of its own, or as its run.db alone, under another name."""
+    monkeypatch.chdir(tmp_path)
+    for n in range(20):
+        last = 2 if n == 7 else 4
+        folder = full_run(tmp_path / f"class/{'dapo' if n % 2 else 'grpo'}_seed{n}", last=last, accuracy=n / 20)
+        if n > 9:
+            Path(folder, "run.db").rename(f"{folder}.db")
+            Path(folder).rmdir()
+    Path("class/notes.txt").touch()
+    Path("class/empty").mkdir()
+    plot.main(["class"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "dapo is drawn up to step 2, where the shortest run ends: class/dapo_seed7"
+    assert said[1:] == ["outputs/comparison.png"] and legend(figures[0]) == ["dapo (10 seeds)", "grpo (10 seeds)"]
+    dapo_line, grpo_line = panels(figures[0])["accuracy (training)"].lines[:2]
+    assert (
+        dapo_line.get_ydata()[-1] == pytest.approx(sum(range(1, 20, 2)) / 10 / 20) and len(grpo_line.get_xdata()) == 5
+    )
+    plot.main(["class/dapo_seed11.db"])  # a run.db alone has no folder for its picture
+    plot.main(["GRPO=class/grpo_seed0", "others=class"])
+    assert legend(figures[1]) == ["dapo"] and legend(figures[2]) == ["GRPO", "others (20 seeds)"]
+    assert len(capsys.readouterr().out.splitlines()) == 3  # the shortest of "others" is told, too
+
+
 def test_names(figures, monkeypatch, tmp_path):
     """Of one's own, with a "=" in a folder's name, of two runs, and whole paths where their last parts are alike."""
     monkeypatch.chdir(tmp_path)

@@ -89,6 +89,15 @@ def shown(folder, *more):
     return run
 
 
+@pytest.mark.parametrize("script", ["dapo.py", "grpo.py", "gspo.py", None])
+def test_a_script_with_other_formulas_is_named(script, tmp_path):
+    folder = make_run(tmp_path / "run", {1: [pair()]})
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("DELETE FROM constants WHERE name = 'the script'")
+        db.execute("INSERT INTO constants VALUES (0, 'the script', ?)", [script]) if script else None
+    assert shown(folder)["script"] == (script or "dapo.py")
+
+
 # ---- The file -------------------------------------------------------------------------------------------------------
 
 
@@ -606,6 +615,15 @@ def signed(value):
 
 def press(page, key):
     page.click(f'[data-key="{WORDS[key][0]}"]')
+
+
+@pytest.mark.parametrize("script, told", [("dapo.py", 0), ("grpo.py", 0), ("gspo.py", 1)])
+def test_the_page_names_a_script_with_other_formulas(script, told, view, tmp_path):
+    folder = make_run(tmp_path / "run", {1: [pair()]})
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("UPDATE constants SET value = ? WHERE name = 'the script'", [script])
+    show.main([str(folder)])
+    assert text_of(view(folder / "steps.html"), "body").count(said("script", script=script)) == told
 
 
 def test_by_keyboard_alone(pages, view):

@@ -4,10 +4,12 @@
     python -m tools.plot outputs/grpo outputs/dapo                      two runs, or any number of them
     python -m tools.plot "GRPO=outputs/grpo" "DAPO=outputs/dapo"        the same, with names of your own
     python -m tools.plot outputs/a_seed0 outputs/a_seed1                two seeds, drawn as their mean and a band
+    python -m tools.plot class                                          all runs in a folder: folders, or run.db files
     python -m tools.plot --each outputs/dapo outputs/clip outputs/sick  a column for each but the first, which is dashed
 
 Folders whose names differ only in seed0, seed1, ... at the end are one experiment, and so are runs of the same name;
 its band reaches from the lowest run to the highest. The bar at a held-out point of a single run is one standard error.
+A run.db may stand alone, under a name of its own: class/dapo_seed7.db is drawn as class/dapo_seed7/run.db would be.
 A trainer of your own takes part if it writes a table metrics(step, name, value) into run.db.
 """
 
@@ -42,15 +44,15 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     if "-h" in words or "--help" in words:
         return print(__doc__)
-    runs = [word for word in words if word != "--each"]
-    if not runs or any(run.startswith("-") for run in runs):
+    places = [word for word in words if word != "--each"]
+    if not places or any(place.startswith("-") for place in places):
         fail("python -m tools.plot takes the folder of a run, or of several, which may be NAME=FOLDER, and --each")
-    experiments = read_experiments(runs)
+    experiments = read_experiments(places)
     path = Path("outputs", "comparison.png")
-    if len(words) > 1:
+    if len(words) > 1 or not Path(split(*places)[1], "run.db").exists():
         figure = each_figure(experiments) if "--each" in words else comparison_figure(experiments)
     else:
-        path = Path(split(*runs)[1], "training_metrics.png")
+        path = Path(split(*places)[1], "training_metrics.png")
         (curves,) = experiments.popitem()[1]
         patterns = [words.split()[0] for *_, metrics in picture.PANELS.values() for words in metrics.split("; ")]
         figure = picture.metrics_figure(curves) if any(fnmatch.filter(curves, p) for p in patterns) else fail(NOTHING)
@@ -68,13 +70,22 @@ def split(word):
     return (name, folder) if equals and not Path(word).is_dir() else ("", word)
 
 
+def runs_in(word):
+    """[(name, folder or run.db)] of a run, or of all runs in a folder that is none itself."""
+    name, folder = split(word)
+    inside = [path.parent for path in Path(folder).glob("*/run.db")] + [*Path(folder).glob("*.db")]
+    inside = [] if Path(folder, "run.db").exists() else sorted(inside)
+    return [(name, str(place)) for place in inside] or [(name, folder)]
+
+
 def read_experiments(words):
     """{label: the curves of each of its runs}"""
-    found = {}  # by the name that a run was given, or by its path
-    for name, folder in map(split, words):
+    found, ends = {}, {}  # by the name that a run was given, or by its path
+    for name, folder in itertools.chain(*map(runs_in, words)):
         curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
-        key = name or Path(re.sub(r"[-_/\\]?seed[-_]?\d+$", "", str(Path(folder))))
+        key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)?$", "", str(Path(folder))))
         found.setdefault(key, []).append(with_derived(numbers_of(curves)))
+        ends.setdefault(key, {})[folder] = max(steps[-1] for steps, _ in curves.values())
     short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
     count, experiments = Counter(short.values()), {}
     for key, runs in found.items():
@@ -82,6 +93,9 @@ def read_experiments(words):
         label = (f"{key.parent}/{key.name}" if alike else short[key]).replace("$", r"\$")
         label = f" {label}" if label.startswith("_") else label  # else matplotlib would hide it
         experiments[label if len(runs) == 1 else f"{label} ({len(runs)} seeds)"] = runs
+        if len({*ends[key].values()}) > 1:
+            first = min(ends[key], key=ends[key].get)
+            print(f"{label} is drawn up to step {ends[key][first]}, where the shortest run ends: {first}")
     return experiments
 
 
@@ -171,10 +185,8 @@ def label_ends(axes):
     bottom, top = axes.get_ylim()
     names = [re.sub(r" \(\d+ seeds\)$", "", drawn.get_label()) for drawn in axes.containers]
     names = [name if len(name) <= 16 else f"{name[:15]}…" for name in names]
-    lines = [
-        (name, line, line.get_ydata()) for name, (line, *_) in zip(names, axes.containers) if len(line.get_ydata())
-    ]
-    ends = sorted(((y[-1] - bottom) / (top - bottom), name, line.get_color()) for name, line, y in lines)
+    drawn = [(name, line.get_color(), line.get_ydata()) for name, (line, *_) in zip(names, axes.containers)]
+    ends = sorted(((y[-1] - bottom) / (top - bottom), name, color) for name, color, y in drawn if len(y))
     if not ends or ends[-1][0] - ends[0][0] < 0.1:
         return
     heights = list(itertools.accumulate([end[0] for end in ends], lambda below, height: max(height, below + ROOM)))
@@ -226,7 +238,7 @@ def with_derived(curves):
 
 def read_metrics(folder):
     """{name: (steps, values)} of the run in a folder."""
-    path, curves = Path(folder, "run.db"), {}
+    path, curves = Path(folder) if Path(folder).is_file() else Path(folder, "run.db"), {}
     if not path.exists():
         fail(f"there is no run in {folder}: {path} is missing")
     try:

@@ -66,7 +66,7 @@ def page(runs):
 
 
 def read_run(name, folder, step=None):
-    """What the page shows of a run: {name, folder, constants, metrics, steps, recorded, opens, held_out}."""
+    """What the page shows of a run: {name, folder, constants, script, metrics, steps, recorded, opens, held_out}."""
     metrics = plot.read_metrics(folder)
     try:
         with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
@@ -76,11 +76,12 @@ def read_run(name, folder, step=None):
                 fail(f"the run in {folder} has recorded no responses yet, which the page needs")
             if step is not None and step not in sizes:
                 fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
-            chosen = fitting(sizes, step)
+            chosen, script = fitting(sizes, step), "SELECT value FROM constants WHERE name = 'the script'"
             return {
                 "name": name,
                 "folder": str(folder),
                 "constants": read_constants(db),
+                "script": [*db.execute(script), ["dapo.py"]][0][0],
                 "metrics": points_of(metrics),
                 "recorded": [*sizes],
                 "opens": step or most_held(metrics, chosen),

@@ -1,0 +1,201 @@
+"""siblings/: each file is its paper's algorithm, as TRL, verl, and hand calculations have it, and a program."""
+
+import importlib
+import json
+import math
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, load, rows
+from test_loss import double
+from test_update import gradient, make_responses
+
+import dapo
+
+GOLDEN = json.loads((ROOT / "tests/golden_siblings.json").read_text())
+NAMES = sorted(GOLDEN)
+FUNCTIONS = "group_advantages aggregate_loss policy_loss probability_ratio clipped_tokens".split()
+REPLACED = {
+    "dr_grpo": ["group_advantages", "aggregate_loss"],
+    "gspo": ["probability_ratio"],
+    "cispo": ["policy_loss"],
+    "rloo": ["group_advantages"],
+}
+CASES = [  # of RLOO's definitions, ours
+    pytest.param(name, case, id=f"{name}-{number}-{case['kind']}")
+    for name in NAMES
+    for number, case in enumerate(GOLDEN[name])
+    if case["definition"] in ("paper", "token ratios, clipped, seq-mean-token-sum", "any", "any clipped")
+]
+every_sibling = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def become(main, monkeypatch):
+    """Makes dapo.py the sibling of that name, as importing it does; afterwards all is as before."""
+    for function in FUNCTIONS:
+        monkeypatch.setattr(dapo, function, getattr(dapo, function))
+    return lambda name: runpy.run_path(str(ROOT / f"siblings/{name}.py"))
+
+
+def loss_and_gradient(case, parts):
+    """Of the rows in `parts`, lists of rows, each divided by the count of all, as accumulate_gradients does it."""
+    log_probs, mask = double(case["log_probs"]).requires_grad_(), double(case["mask"])
+    old_log_probs, advantages = double(case["old_log_probs"]), double(case["advantages"])
+    count, total = mask.sum().item() if dapo.LOSS_AGG_MODE == "token-mean" else len(mask), 0.0
+    for part in parts:
+        width = int(mask[part].sum(1).max())  # a micro-batch is as wide as its longest response
+        inputs = log_probs[part, :width], old_log_probs[part, :width], advantages[part], mask[part, :width]
+        loss = dapo.aggregate_loss(dapo.policy_loss(*inputs), mask[part, :width], dapo.LOSS_AGG_MODE, count)
+        loss.backward()
+        total += loss.item()
+    return total, log_probs.grad
+
+
+def set_case(case, set_constants):
+    set_constants(CLIP_RANGE_HIGH=case["clip_high"], MAX_RESPONSE_LENGTH=case["max_response_length"])
+    if case["clip_low"] is not None:
+        set_constants(CLIP_RANGE_LOW=case["clip_low"])
+
+
+@pytest.mark.parametrize("name, case", CASES)
+def test_loss_and_gradient_are_those_of_trl_verl_and_by_hand(name, case, become, set_constants):
+    become(name)
+    set_case(case, set_constants)
+    rows = range(len(case["mask"]))
+    for parts in ([[*rows]], [[row] for row in rows], [[*rows[:1]], [*rows[1:]]]):
+        loss, grad = loss_and_gradient(case, [part for part in parts if part])
+        assert loss == pytest.approx(case["expected_loss"], abs=1e-6)
+        torch.testing.assert_close(grad, double(case["expected_grad"]), atol=1e-6, rtol=0)
+    inputs = (double(case[field]) for field in ("log_probs", "old_log_probs", "advantages", "mask"))
+    mask = double(case["mask"])
+    whole = dapo.aggregate_loss(dapo.policy_loss(*inputs), mask, dapo.LOSS_AGG_MODE)  # counts by itself
+    assert whole.item() == pytest.approx(case["expected_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name, case", [case for case in CASES if case.values[1]["rewards"]])
+def test_advantages_are_those_of_trl_and_verl(name, case, become):
+    become(name)
+    advantages = dapo.group_advantages(double(case["rewards"]))
+    torch.testing.assert_close(advantages, double(case["expected_advantages"]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ratio, slope", [(1.0, 1.0), (1.2, 1.0), (2.0, 0.0), (0.5, 1.0)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_signs_of_the_advantage_mirror_each_other(sign, ratio, slope, become, set_constants):
+    """CISPO: a weight limited above alone, whichever sign; the slope of -A·w·log π is -A·w."""
+    become("cispo")
+    set_constants(CLIP_RANGE_HIGH=0.28)
+    log_probs = double([[math.log(ratio)]]).requires_grad_()
+    dapo.policy_loss(log_probs, double([[0.0]]), double([sign]), double([[1.0]])).sum().backward()
+    assert log_probs.grad.item() == pytest.approx(-sign * min(ratio, 1.28))
+    low, high = dapo.clipped_tokens(log_probs.detach(), double([[0.0]]), double([sign]), double([[1.0]]))
+    assert not low.any() and high.item() == (sign > 0 and ratio > 1.28)  # its weight is limited
+
+
+@pytest.mark.parametrize(
+    "sign, ratios, held", [(1.0, [2.0, 1.9], "high"), (-1.0, [0.5, 0.6], "low"), (1.0, [2, 0.5], "")]
+)
+def test_gspo_holds_whole_responses(sign, ratios, held, become):
+    """And never padding."""
+    become("gspo")
+    log_probs = double([[*map(math.log, ratios), 9.0]]).requires_grad_()
+    inputs = log_probs, double([[0.0, 0.0, -9.0]]), double([sign]), double([[1.0, 1.0, 0.0]])
+    low, high = dapo.clipped_tokens(*inputs)
+    assert low.tolist() == [[held == "low"] * 2 + [False]] and high.tolist() == [[held == "high"] * 2 + [False]]
+    loss = dapo.aggregate_loss(dapo.policy_loss(*inputs), inputs[-1], dapo.LOSS_AGG_MODE)
+    loss.backward()
+    assert log_probs.grad.any() == (held == "")
+    assert log_probs.grad[0, 0] == log_probs.grad[0, 1] and log_probs.grad[0, 2] == 0
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@every_sibling
+@pytest.mark.parametrize("rewards", [[[0.1] * 7], [[-1.7, -1.7, -1.7]], [[1.0]], [[0.3 + 1e-8, 0.3, 0.3]]])
+def test_equal_rewards_give_exactly_zero(name, rewards, become):
+    """Dynamic sampling drops a group for that, and rounding errors would keep it."""
+    become(name)
+    assert not dapo.group_advantages(torch.tensor(rewards)).any()
+
+
+@every_sibling
+def test_groups_do_not_mix_and_mixed_ones_have_advantages(name, become):
+    become(name)
+    groups = double([[1, -1, -1], [1, 1, -1], [0.3, -2, 1]])
+    advantages = dapo.group_advantages(groups)
+    assert torch.equal(advantages, torch.cat([dapo.group_advantages(group[None]) for group in groups]))
+    assert advantages.all() and advantages.sum(1).abs().max() < 1e-12
+    assert ((advantages > 0) == (groups > groups.mean(1, keepdim=True))).all()
+
+
+@every_sibling
+def test_gradient_does_not_depend_on_micro_batches_or_order(name, become, make_folder, set_constants):
+    """Through the model, and with old probabilities far enough off that each clip holds some."""
+    become(name)
+    set_constants(CLIP_RANGE_HIGH=0.05, MICRO_BATCH_TOKENS=100000)
+    if name != "cispo":
+        set_constants(CLIP_RANGE_LOW=0.05)
+    model, _ = load(make_folder())
+    responses = make_responses()
+    whole, metrics = gradient(model, responses)
+    for budget in (256, 40, 1):
+        responses.reverse()
+        set_constants(MICRO_BATCH_TOKENS=budget)
+        cut, cut_metrics = gradient(model, responses)
+        assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
+        assert cut_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
+
+
+@every_sibling
+def test_it_replaces_what_its_page_says_and_nothing_else(name, become):
+    before = {function: getattr(dapo, function) for function in vars(dapo) if callable(getattr(dapo, function))}
+    become(name)
+    assert [function for function in FUNCTIONS if getattr(dapo, function) is not before[function]] == sorted(
+        REPLACED[name], key=FUNCTIONS.index
+    )
+    assert all(getattr(dapo, function) is was for function, was in before.items() if function not in REPLACED[name])
+    changed = {constant for constant, was in dapo.CONSTANTS.items() if getattr(dapo, constant) != was} - {"DEVICE"}
+    page = (ROOT / f"siblings/{name}.py").read_text(encoding="utf-8")
+    assert changed == {constant for constant in dapo.CONSTANTS if f"\ndapo.{constant} = " in page}
+    assert dapo.OUTPUT_DIR == f"outputs/{name}"
+
+
+@every_sibling
+def test_it_is_short_and_names_its_paper(name):
+    page = (ROOT / f"siblings/{name}.py").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 30 and "arXiv" in page and max(map(len, page.splitlines())) <= 120
+
+
+@every_sibling
+def test_as_a_program(name, become, settings, parity, no_pictures, monkeypatch, tmp_path, capsys):
+    """python -m siblings.NAME takes what dapo.py takes, trains, and saves itself with the model."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *settings, "--SEED=3"])
+    runpy.run_path(str(ROOT / f"siblings/{name}.py"), run_name="__main__")
+    saved = tmp_path / "run/step_2"
+    assert (saved / "train_script.py").read_text() == (ROOT / f"siblings/{name}.py").read_text()
+    assert (saved / "dapo.py").read_text() == (ROOT / "dapo.py").read_text()
+    found = dict(rows(tmp_path / "run", "SELECT name, value FROM metrics WHERE step = 2"))
+    assert math.isfinite(found["policy_loss"]) and found["grad_norm"] > 0
+
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--CLIP_RANGE_HIHG=1"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"siblings/{name}.py"), run_name="__main__")
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().endswith("did you mean CLIP_RANGE_HIGH?")
+
+
+def test_the_folder_holds_these_and_no_others():
+    found = {path.stem for path in ROOT.glob("siblings/*.py")} - {"__init__"}
+    assert found == set(NAMES) and importlib.import_module("siblings").__doc__
+
+
+def test_recorded_ratios_are_those_of_the_loss(become, settings, parity, no_pictures, monkeypatch, tmp_path):
+    """All tokens of a response have the same in GSPO, so that the page of a step marks whole responses."""
+    monkeypatch.setattr(
+        sys, "argv", ["gspo.py", *settings, "--DAPO_EPOCHS=3", "--MINI_BATCHES=3", "--LEARNING_RATE=1e-3"]
+    )
+    runpy.run_path(str(ROOT / "siblings/gspo.py"), run_name="__main__")
+    found = rows(tmp_path / "run", "SELECT ratios FROM responses WHERE ratios NOTNULL")
+    ratios = [json.loads(text) for (text,) in found]
+    assert ratios and all(len(set(row)) == 1 for row in ratios) and {row[0] for row in ratios} != {1}
