@@ -6,14 +6,16 @@
 The paper's six come first: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in all of them, because
 no line of that table is about it; grpo.py, which has it, is a setting of its own. Then come DAPO as dapo.py has it,
 which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken out at a time;
-last, grpo.py and dapo.py at other learning rates.
+last, grpo.py and dapo.py at other learning rates. The algorithms in siblings/ are run only if they are named, as
+docs/siblings.md does.
 
 The constants of dapo.py were chosen on seeds 0 to 4. FRESH settings are run on seeds 5 to 9 too, by which nothing was
 chosen, and have lines of their own in the table.
 
 Each run is dapo.py in a process of its own, on one thread, as many at a time as there are cores. A finished run is not
 repeated and an interrupted one is resumed, so you can stop and start this script at will. Everything is in
-outputs/ablation: a folder and a log for each run, the table in ablation.md, and the picture in ablation.png.
+outputs/ablation: a folder and a log for each run, the table in ablation.md, and the pictures ablation.png and
+siblings.png.
 """
 
 import argparse
@@ -61,7 +63,14 @@ WITHOUT = {  # the same constants where the idea is not used
 LADDER = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
 RATES = ["1e-5", "5e-5"]  # other learning rates
 FRESH = ["grpo.py", "dapo", "dapo without dynamic sampling"]
-SIBLINGS = ["dr_grpo", "gspo", "cispo", "rloo"]  # files of siblings/
+SIBLINGS = {  # name: file of siblings/, constants
+    "dr_grpo": ("dr_grpo", {}),
+    "cispo": ("cispo", {}),
+    "rloo": ("rloo", {}),
+    "gspo": ("gspo", {}),
+    "gspo, four updates": ("gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
+    "gspo, clip 0.97 to 1.04": ("gspo", {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}),
+}
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
 
@@ -78,10 +87,8 @@ def all_settings():
     for rate in RATES:
         settings[f"grpo.py, learning rate {rate}"] = "grpo.py", {"LEARNING_RATE": rate}
     settings[f"dapo, learning rate {RATES[-1]}"] = "dapo.py", {"LEARNING_RATE": RATES[-1]}
-    settings |= {name: (f"-m siblings.{name}", {}) for name in SIBLINGS}
-    wider = {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}
-    settings["gspo, clip 0.97 to 1.04"] = "-m siblings.gspo", wider
-    settings["gspo, four updates"] = "-m siblings.gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}
+    for name, (file, changed) in SIBLINGS.items():
+        settings[name] = f"-m siblings.{file}", changed
     return settings
 
 
@@ -239,13 +246,24 @@ def draw(runs):
     figure.savefig(FOLDER / "ablation.png", dpi=160)
 
 
+def draw_siblings(runs):
+    """The siblings beside GRPO and DAPO, as tools.plot compares runs, but not by time: they may have run at different
+    times, on a machine that was busy at some of them."""
+    if not SIBLINGS.keys() & runs.keys():
+        return
+    names = [name for name in ("grpo.py", "dapo", *SIBLINGS) if name in runs]
+    curves = {name: [run | {"minutes of training": ((), ())} for run in runs[name]] for name in names}
+    plot.comparison_figure(curves).savefig(FOLDER / "siblings.png", dpi=160)
+
+
 def main():
     settings = all_settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=SEEDS)
     cores = range(1, os.cpu_count() + 1)
     parser.add_argument("--jobs", type=int, choices=cores, default=cores[-1], help="runs at a time, a core for each")
-    parser.add_argument("--settings", nargs="+", choices=settings, default=list(settings), metavar="NAME")
+    usual = [name for name in settings if name not in SIBLINGS]
+    parser.add_argument("--settings", nargs="+", choices=settings, default=usual, metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too
     try:
@@ -254,6 +272,7 @@ def main():
         sys.exit(128 + signal.SIGINT)
     runs = finished_runs(settings)
     draw(runs)
+    draw_siblings(runs)
     (FOLDER / "ablation.md").write_text(table(runs), encoding="utf-8")
     print(table(runs))
 

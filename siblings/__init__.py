@@ -1,1 +1,1 @@
-"""Algorithms that came after GRPO, each as its difference from dapo.py: python -m siblings.gspo takes all it takes."""
+"""Other algorithms, each as its difference from dapo.py: python -m siblings.gspo takes all it takes."""

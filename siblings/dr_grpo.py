@@ -14,7 +14,7 @@ dapo_group_advantages, dapo_aggregate_loss = dapo.group_advantages, dapo.aggrega
 
 
 def group_advantages(rewards):
-    """Not divided by the standard deviation: that gives more weight to questions that are very easy or very hard."""
+    """Not divided by the standard deviation: that raises the weight of questions that are very easy or very hard."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     return advantages.masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # no rounding errors of equal rewards
 

@@ -9,8 +9,8 @@ s = (π(y) / π_old(y))^(1/|y|), the geometric mean of its tokens' ratios; its l
 import dapo
 
 dapo.OUTPUT_DIR = "outputs/gspo"
-# The paper's range, for long responses and four updates per batch, not 48 as here (5.1). It is narrow, as the mean over a
-# response moves far less than a token. The toy's responses are short: on it, 0.03 and 0.04 learn like DAPO.
+# The paper's range (5.1), for long responses and four updates per batch, not 48 as here: the mean over a response moves
+# far less than one token. The toy's responses are short: there, 0.03 and 0.04 suit it.
 dapo.CLIP_RANGE_LOW = 3e-4
 dapo.CLIP_RANGE_HIGH = 4e-4
 dapo.LOSS_AGG_MODE = "seq-mean-token-mean"  # all tokens of a response have its loss: this is the mean over responses

@@ -47,6 +47,13 @@ def test_each_setting_is_one_idea_away():
         assert all(without[name] == SETTINGS["naive GRPO"][name] for name in constants)
 
 
+def test_each_sibling_is_its_program():
+    settings = {name: ablation.all_settings()[name] for name in ablation.SIBLINGS}
+    files = {script.removeprefix("-m siblings.") for script, _ in settings.values()}
+    assert files == {path.stem for path in ROOT.glob("siblings/*.py")} - {"__init__"}
+    assert all(constants.keys() <= dapo.CONSTANTS.keys() for _, constants in settings.values())
+
+
 def make_run(setting, seed, shift=0.0):
     """A run whose accuracy is 0.08 a step and more, up to 1, whose entropy is its step, and so on."""
     path = ablation.folder_of(setting, seed)
@@ -111,6 +118,35 @@ def test_table_and_picture(folder, monkeypatch):
         )
         assert list(axes.get_xticks()) == [*range(0, 15, 2)]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["with", "without"]
+
+
+def test_the_picture_of_the_siblings(folder, monkeypatch):
+    """Beside GRPO and DAPO, those of them that have run, and without what a busy machine would change."""
+    make_run("dapo", 0)
+    runs = ablation.finished_runs(ablation.all_settings())
+    ablation.draw_siblings(runs)
+    assert not (folder / "siblings.png").exists()  # no sibling has run
+    for name in ("rloo", "gspo, clip 0.97 to 1.04", "dapo without clip-higher"):
+        make_run(name, 0)
+    drawn, save = [], ablation.Figure.savefig
+    monkeypatch.setattr(
+        ablation.Figure, "savefig", lambda self, *path, **how: (drawn.append(self), save(self, *path, **how))
+    )
+    ablation.draw_siblings(ablation.finished_runs(ablation.all_settings()))
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == ["dapo", "rloo", "gspo, clip 0.97 to 1.04"]
+    assert not [axes for axes in drawn[0].axes if "time" in axes.get_title()]
+    assert (folder / "siblings.png").stat().st_size > 10_000
+
+
+def test_a_sibling_is_started_as_a_module(folder, monkeypatch):
+    commands = []
+    monkeypatch.setattr(ablation.subprocess, "Popen", lambda command, **_: commands.append(command))
+    for name in ("gspo, four updates", "dapo"):
+        ablation.start(*ablation.all_settings()[name], ablation.folder_of(name, 3), 3)
+    gspo, dapo_run = (command[1:] for command in commands)
+    assert gspo[:2] == ["-m", "siblings.gspo"] and {"--MINI_BATCHES=4", "--DAPO_EPOCHS=1", "--SEED=3"} < {*gspo}
+    assert dapo_run[0] == "dapo.py"
 
 
 def test_runs_that_did_not_get_there():

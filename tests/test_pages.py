@@ -25,8 +25,8 @@ import dapo
 from tools import trl, verl
 
 # All pages, in the order in which a reader may run their commands: README.md, docs/NAME.md, benchmarks/README.md.
-TOPICS = """equations metrics ablation experiments answers runs data_and_rewards scaling deviations questions words
-mirrors""".split()
+TOPICS = """equations metrics ablation experiments answers siblings lesson sheet solutions runs data_and_rewards scaling
+deviations questions words mirrors""".split()
 TWINS = {"README.md": "README_zh.md"}
 TWINS |= {f"docs/{topic}.md": f"docs/zh/{topic}.md" for topic in TOPICS}
 TWINS |= {"benchmarks/README.md": "benchmarks/README_zh.md"}
@@ -199,7 +199,7 @@ OF_OTHERS = {"docs/scaling.md", "docs/deviations.md"}
 
 PROGRAMS = "".join(
     path.read_text(encoding="utf-8")
-    for folder in (".", "tools", "recipes", "benchmarks", "toy")
+    for folder in (".", "siblings", "tools", "recipes", "benchmarks", "toy")
     for path in (ROOT / folder).glob("*.py")
 )
 PROGRAMS = re.sub(r'"\s*\n\s*f?"', "", PROGRAMS)  # strings in several lines
@@ -298,13 +298,17 @@ def follow(tmp_path, monkeypatch):
             for name in dapo.CONSTANTS:
                 patch.setattr(dapo, name, dapo.CONSTANTS[name])
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 3 apples.\n")))  # for tools.chat
+            if script == "-m" and words[0].startswith("siblings."):
+                for function in ("group_advantages", "aggregate_loss", "policy_loss", "probability_ratio"):
+                    patch.setattr(dapo, function, getattr(dapo, function))
+                script = f"{words.pop(0).replace('.', '/')}.py"
             if script == "-m":
                 module = importlib.import_module(words.pop(0))
                 takes_constants = module.__name__ not in ("tools.plot", "tools.show", "tools.mirror")
                 constants = short_without_data if "mine.py" in words else short
                 module.main([*constants, *words] if takes_constants else words)
-            elif script in ("dapo.py", "grpo.py"):
-                runpy.run_path(str(ROOT / script))  # grpo.py sets its constants; dapo.main is what it then calls
+            elif script in ("dapo.py", "grpo.py") or script.startswith("siblings/"):
+                runpy.run_path(str(ROOT / script))  # sets constants, and functions; dapo.main is what it then calls
                 patch.setattr(sys.modules["__main__"], "__file__", str(ROOT / script), raising=False)
                 patch.setattr(dapo, "draw_metrics", lambda folder: None)
                 dapo.main([*(short_without_data if "mine.py" in words else short), *words])
