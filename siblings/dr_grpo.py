@@ -14,13 +14,14 @@ dapo_group_advantages, dapo_aggregate_loss = dapo.group_advantages, dapo.aggrega
 
 
 def group_advantages(rewards):
-    """Not divided by the standard deviation: that raises the weight of questions that are very easy or very hard."""
+    """(n, G) → (n, G), not divided by the std: that raises the weight of questions that are very easy or very hard."""
     advantages = rewards - rewards.mean(1, keepdim=True)
-    return advantages.masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # no rounding errors of equal rewards
+    return advantages.masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # equal rewards: exactly 0, as in DAPO
 
 
 def aggregate_loss(token_losses, mask, mode, denominator=None):
-    """Divided by a constant, not by lengths: those make long wrong responses cheap (GRPO), and weights vary (DAPO)."""
+    """Divided by a constant: by the length of a response (GRPO), long wrong ones are cheap, and by the tokens of the
+    mini-batch (DAPO), the weight of a token depends on its neighbors."""
     return dapo_aggregate_loss(token_losses, mask, mode, denominator) / dapo.MAX_RESPONSE_LENGTH
 
 

@@ -17,10 +17,10 @@ dapo.LOSS_AGG_MODE = "seq-mean-token-mean"  # all tokens of a response have its 
 
 
 def probability_ratio(log_probs, old_log_probs, mask):
-    """s of each response, at all of its tokens, (B, T); 1 at padding. Single tokens' ratios are noise, as each is drawn
-    only once; the clip keeps or leaves out whole responses."""
+    """(B, T) → (B, T): s of each response at all of its tokens, 1 at padding. The ratio of one token, drawn only once,
+    is mostly noise. The clip then holds whole responses, or none of their tokens."""
     log_ratios = ((log_probs - old_log_probs) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return (log_ratios.clamp(-20, 20) * mask).exp()
+    return (log_ratios.clamp(-20, 20) * mask).exp()  # exp must not overflow
 
 
 dapo.probability_ratio = probability_ratio

@@ -17,9 +17,9 @@ dapo_group_advantages = dapo.group_advantages
 
 
 def group_advantages(rewards):
-    """r - mean of the others: a response's own reward in its yardstick would make the advantage too small."""
+    """(n, G) → (n, G): r - mean of the others. A response's own reward in the mean would make advantages too small."""
     others = (rewards.sum(1, keepdim=True) - rewards) / max(1, rewards.shape[1] - 1)
-    return (rewards - others).masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # no rounding errors of equal ones
+    return (rewards - others).masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # equal rewards: exactly 0
 
 
 dapo.group_advantages = group_advantages
