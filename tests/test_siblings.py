@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -183,6 +184,20 @@ def test_as_a_program(name, become, settings, parity, no_pictures, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"siblings/{name}.py"), run_name="__main__")
     assert stop.value.code == 2 and capsys.readouterr().err.strip().endswith("did you mean CLIP_RANGE_HIGH?")
+
+
+def test_the_noise_of_bf16_is_far_above_that_of_fp32():
+    """The benchmark, on few responses. In a process of its own, as it replaces parts of dapo."""
+    few = ["--BATCH_SIZE=4", "--GROUP_SIZE=4", "--MINI_BATCHES=8", "--MAX_RESPONSE_LENGTH=32", "--DEVICE=cpu"]
+    command = [sys.executable, "benchmarks/gspo_noise.py", *few, "--OVERLONG_BUFFER_LENGTH=0"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line.strip("| ").split(" | ") for line in said.splitlines() if "float" in line]
+    assert [line[0] for line in lines] == [
+        f"{what}, {kind}" for kind in ("float32", "bfloat16") for what in ("responses", "tokens")
+    ]
+    largest = [float(line[3]) for line in lines]
+    assert largest[0] < 1e-4 < largest[2] < 1 and largest[1] < 1e-4 < largest[3]
+    assert [line[4] for line in lines] == ["0.0003", "0.2"] * 2 and lines[0][5] == "0.0%"
 
 
 def test_the_folder_holds_these_and_no_others():
