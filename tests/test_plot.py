@@ -127,6 +127,12 @@ def test_a_class(figures, monkeypatch, tmp_path, capsys):
     assert legend(figures[1]) == ["dapo"] and legend(figures[2]) == ["GRPO", "others (20 seeds)"]
     assert len(capsys.readouterr().out.splitlines()) == 3  # the shortest of "others" is told, too
 
+    Path("class/dapo_seed19.db").rename("class/run.db")  # handed in under the name that all have
+    plot.main(["class"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("class/run.db is drawn alone: give it a name of its own") and len(said) == 2
+    assert Path("class/training_metrics.png").exists()
+
 
 def test_names(figures, monkeypatch, tmp_path):
     """Of one's own, with a "=" in a folder's name, of two runs, and whole paths where their last parts are alike."""

@@ -73,9 +73,12 @@ def split(word):
 def runs_in(word):
     """[(name, folder or run.db)] of a run, or of all runs in a folder that is none itself."""
     name, folder = split(word)
-    inside = [path.parent for path in Path(folder).glob("*/run.db")] + [*Path(folder).glob("*.db")]
-    inside = [] if Path(folder, "run.db").exists() else sorted(inside)
-    return [(name, str(place)) for place in inside] or [(name, folder)]
+    own, inside = Path(folder, "run.db"), sorted({*Path(folder).glob("*.db"), *Path(folder).glob("*/run.db")})
+    if own in inside and len(inside) > 1:
+        print(f"{own} is drawn alone: give it a name of its own, such as dapo_seed1.db, to draw all runs in {folder}")
+    if own in inside or not inside:
+        return [(name, folder)]
+    return [(name, str(place.parent if place.name == "run.db" else place)) for place in inside]
 
 
 def read_experiments(words):
@@ -84,7 +87,7 @@ def read_experiments(words):
     for name, folder in itertools.chain(*map(runs_in, words)):
         curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
         key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)?$", "", str(Path(folder))))
-        found.setdefault(key, []).append(with_derived(numbers_of(curves)))
+        found.setdefault(key, []).append(with_derived(curves))
         ends.setdefault(key, {})[folder] = max(steps[-1] for steps, _ in curves.values())
     short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
     count, experiments = Counter(short.values()), {}
@@ -202,12 +205,6 @@ def with_data(experiments, titles):
     return [t for t in titles if any(average(runs, *COMPARED[t][:2])[0] for runs in several)] or fail(NOTHING)
 
 
-def numbers_of(curves):
-    """The curves without the steps at which they are NaN, and so without those that are nothing else."""
-    points = {name: [point for point in zip(*curve) if not math.isnan(point[1])] for name, curve in curves.items()}
-    return {name: tuple(zip(*found)) for name, found in points.items() if found}
-
-
 def average(runs, metric, against):
     """(x, mean, lowest, highest) of a metric over the runs of one experiment, at the steps that all of them have."""
     curves = [dict(zip(*run.get(metric, ((), ())))) for run in runs]
@@ -219,7 +216,9 @@ def average(runs, metric, against):
 
 
 def with_derived(curves):
-    """Adds to read_metrics' curves the clock and, unless the run recorded it, the share of groups with a gradient."""
+    """read_metrics' curves without NaN, and with the clock and, unless recorded, the share of groups with a gradient."""
+    points = {name: [point for point in zip(*curve) if not math.isnan(point[1])] for name, curve in curves.items()}
+    curves = {name: tuple(zip(*found)) for name, found in points.items() if found}
 
     def at(*names):
         """{step: the values of these metrics} at the steps that have all of them."""
