@@ -216,9 +216,9 @@ def average(runs, metric, against):
 
 
 def with_derived(curves):
-    """read_metrics' curves without NaN, and with the clock and, unless recorded, the share of groups with a gradient."""
+    """read_metrics' curves without NaN, with the clock and, if not recorded, the share of groups with a gradient."""
     points = {name: [point for point in zip(*curve) if not math.isnan(point[1])] for name, curve in curves.items()}
-    curves = {name: tuple(zip(*found)) for name, found in points.items() if found}
+    curves = {name: tuple(map(list, zip(*found))) for name, found in points.items() if found}
 
     def at(*names):
         """{step: the values of these metrics} at the steps that have all of them."""
