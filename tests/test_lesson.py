@@ -15,6 +15,8 @@ from reward import compute_score, overlong_penalty
 in_both_languages = pytest.mark.parametrize("folder", ["docs", "docs/zh"])
 PUSHES = {"none": 0, "up": 1, "down": -1, "无": 0, "往上": 1, "往下": -1}
 NONE = {"none", "无"}
+ABSENT = "—"  # there is no such response
+LENGTHS = 2, 8  # tokens of the two responses in task 3
 
 
 def text_of(folder, name):
@@ -58,32 +60,59 @@ def test_the_advantages(folder):
         squares = (rewards - rewards.mean()).square().sum()
         advantages = dapo.group_advantages(rewards)[0]
         if right == "8":
-            assert cells.pop() in NONE
+            assert cells.pop() == ABSENT
             advantages = advantages[:-1]
         used = advantages[[0, -1]] if right != "8" else advantages[:1]
         check(cells, [rewards.mean(), squares, squares / 7, rewards.std(), *used])
-    assert [row[0] for row in table] == ["2", "6", "8"]
+    assert [row[0] for row in table] == ["2", "8"]
+
+
+def clip_at(a, rho):
+    """What policy_loss and clipped_tokens take for one token, with the ratio ρ."""
+    return double([[math.log(rho)]]).requires_grad_(), double([[0.0]]), double([a]), double([[1.0]])
+
+
+def push_of(a, rho):
+    """The loss of a token, and the direction in which a step moves its probability: against the gradient."""
+    inputs = clip_at(a, rho)
+    loss = dapo.policy_loss(*inputs)
+    loss.sum().backward()
+    push = -inputs[0].grad.sign().item()
+    assert (push == 0) == any(held.item() for held in dapo.clipped_tokens(*inputs))
+    return loss, push
 
 
 @in_both_languages
 def test_the_clip(folder):
     table = solutions(folder)[1]
     for a, rho, *cells, push in table:
-        log_probs = double([[math.log(float(rho))]]).requires_grad_()
-        inputs = log_probs, double([[0.0]]), double([float(a)]), double([[1.0]])
-        loss = dapo.policy_loss(*inputs)
-        loss.sum().backward()
-        ratio = dapo.probability_ratio(log_probs.detach(), inputs[1], inputs[3])
+        loss, computed = push_of(float(a), float(rho))
+        log_probs, old, _, mask = clip_at(float(a), float(rho))
+        ratio = dapo.probability_ratio(log_probs, old, mask)
         clipped = ratio.clamp(1 - dapo.CLIP_RANGE_LOW, 1 + dapo.CLIP_RANGE_HIGH)
         check(cells, [clipped, -float(a) * ratio, -float(a) * clipped, loss])
-        assert PUSHES[push] == -log_probs.grad.sign().item()  # a step goes against the gradient
-        assert (push in NONE) == any(held.item() for held in dapo.clipped_tokens(*inputs))
+        assert PUSHES[push] == computed
     assert {(row[0], PUSHES[row[-1]]) for row in table} == {("1", 0), ("1", 1), ("-1", 0), ("-1", -1)}
 
 
 @in_both_languages
+def test_the_clips_of_dapo_and_grpo(folder, monkeypatch):
+    """The question below the table of task 2: the same on both pages, with GRPO's end of the clip, and its answers."""
+    question = re.compile(r"^A = (\d)\D+ρ = ([\d.]+)[:：] ?(.+)", re.MULTILINE)
+    asked, answered = (question.search(text_of(folder, page)) for page in ("sheet.md", "solutions.md"))
+    assert asked.groups()[:2] == answered.groups()[:2]
+    a, rho = map(float, answered.groups()[:2])
+    answers = dict(re.findall(r"(DAPO|GRPO)[:：] ?(\w+)", answered[3]))
+    assert PUSHES[answers.pop("DAPO")] == push_of(a, rho)[1]
+    high = float(re.search(r"CLIP_RANGE_HIGH = ([\d.]+)", (ROOT / "grpo.py").read_text(encoding="utf-8"))[1])
+    assert numbers(asked[3]) == {f"{1 + high:g}"} and asked[3].count("____") >= 2
+    monkeypatch.setattr(dapo, "CLIP_RANGE_HIGH", high)
+    assert PUSHES[answers.pop("GRPO")] == push_of(a, rho)[1] and not answers
+
+
+@in_both_languages
 def test_the_weights_of_tokens(folder):
-    table, mask = solutions(folder)[2], double([[1.0] * 2 + [0.0] * 6, [1.0] * 8])
+    table, mask = solutions(folder)[2], double([[1.0] * n + [0.0] * (max(LENGTHS) - n) for n in LENGTHS])
     for mode, *cells in table:
         losses = torch.zeros_like(mask, requires_grad=True)
         dapo.aggregate_loss(losses, mask, mode).backward()
@@ -96,8 +125,8 @@ def test_the_length_penalties(folder):
     titles, *rows = tables(text_of(folder, "solutions.md"))[3]
     lengths = [int(re.match(r"\d+", title)[0]) for title in titles[1:]]
     penalties = [overlong_penalty(n, dapo.MAX_RESPONSE_LENGTH, dapo.OVERLONG_BUFFER_LENGTH) for n in lengths]
-    right, wrong = (compute_score("toy", f"#### {answer}", "7")["score"] for answer in "78")
-    for (_, *cells), base in zip(rows, [0, right, wrong], strict=True):
+    right = compute_score("toy", "#### 7", "7")["score"]
+    for (_, *cells), base in zip(rows, [0, right], strict=True):
         check(cells, [base + penalty for penalty in penalties])
 
 
@@ -129,7 +158,7 @@ def test_no_other_number_stands_in_the_solutions(folder):
     equation ends with, or are constants."""
     _, *sections = re.split(r"^## ", text_of(folder, "solutions.md"), flags=re.MULTILINE)
     assert len(sections) == 4
-    constants = dapo.CLIP_RANGE_LOW, dapo.CLIP_RANGE_HIGH, dapo.OVERLONG_BUFFER_LENGTH
+    constants = dapo.CLIP_RANGE_LOW, dapo.CLIP_RANGE_HIGH, dapo.OVERLONG_BUFFER_LENGTH, *LENGTHS
     for section in sections:
         (table,), found = tables(section), equations(section)
         results = itertools.chain(*(results for _, *results in found))
@@ -152,12 +181,16 @@ def test_the_sheet_has_the_same_tasks(folder):
 
 @in_both_languages
 def test_the_numbers_of_the_sheet(folder):
-    """They are dapo.py's: the ends of the clip, the limit of a response's length, and the size of a group."""
+    """They are dapo.py's: the rewards, the ends of the clip, the limit of a response's length, the size of a group, and
+    the number of updates; or those of the tasks, of rows of the second, of its question, and of its hint."""
     low, high, limit = 1 - dapo.CLIP_RANGE_LOW, 1 + dapo.CLIP_RANGE_HIGH, dapo.MAX_RESPONSE_LENGTH
     buffer, group = dapo.OVERLONG_BUFFER_LENGTH, dapo.GROUP_SIZE
     said = numbers(re.sub(r"^[|#].*", "", text_of(folder, "sheet.md"), flags=re.MULTILINE))
-    expected = low, high, limit, buffer, limit - buffer, group, group - 1, 0, 1, 2  # 2: tokens of the short response
-    assert said == {f"{number:g}" for number in expected}
+    updates, right = dapo.MINI_BATCHES * dapo.DAPO_EPOCHS, compute_score("toy", "#### 7", "7")["score"]
+    assert -right == compute_score("toy", "#### 8", "7")["score"]
+    expected = low, high, limit, buffer, limit - buffer, group, group - 1, updates, right, 0, *LENGTHS
+    asked = 1, 2, 3, 4, 1.5, 1.25, 1.2, 0.01  # the tasks, the first row, the question, the change of ρ
+    assert said == {f"{number:g}" for number in expected + asked}
 
 
 @in_both_languages
