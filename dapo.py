@@ -77,7 +77,7 @@ from tqdm.utils import ObjectWrapper
 from reward import TIMEOUTS as given_up
 from reward import compute_score, overlong_penalty
 
-# ---- Constants: functions read them when they run, so the command line, a recipe, or grpo.py can set them first -----
+# ---- Constants: functions read them when they run: the command line, a recipe, or grpo.py can set them first ---------
 
 # Model and data
 MODEL = "toy"  # folder or Hub name of a causal language model, or a run's folder, for the model that it saved last
@@ -927,7 +927,7 @@ class Run:
         self.folder, self.step, self.drawn = Path(OUTPUT_DIR).absolute(), 0, 0  # questions drawn from the stream
         self.checkpoints = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
         self.signal, self.start = None, time.time()
-        self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, or grpo.py
+        self.script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)  # dapo.py, grpo.py, ...
         files = {Path(__file__), Path(inspect.getfile(overlong_penalty)), Path(inspect.getfile(REWARD)), self.script}
         self.sources = {name_of(file): file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
         self.constants = {name: text_of(globals()[name]) for name in CONSTANTS} | {"the script": self.script.name}
@@ -1106,8 +1106,7 @@ def response_rows(groups, tokenizer):
             judged = r.accuracy, r.reward, r.penalty, r.advantage, len(r.tokens), r.truncated, r.advantage is not None
             tokens = [None] * 3
             if r.log_probs is not None and (left := left - len(r.tokens)) >= 0:
-                now, then = r.log_probs[None], r.old_log_probs[None]
-                numbers = r.old_log_probs.exp(), probability_ratio(now, then, torch.ones_like(now))[0]
+                numbers = r.old_log_probs.exp(), (r.log_probs - r.old_log_probs).clamp(-20, 20).exp()
                 numbers = [[float(f"{x:.4g}") if x == x else None for x in values.tolist()] for values in numbers]
                 tokens = [json.dumps(values) for values in (tokenizer.batch_decode(r.tokens[:, None]), *numbers)]
             yield number, r.round, *said, *judged, r.fate, *tokens

@@ -90,12 +90,23 @@ def shown(folder, *more):
 
 
 @pytest.mark.parametrize("script", ["dapo.py", "grpo.py", "gspo.py", None])
-def test_a_script_with_other_formulas_is_named(script, tmp_path):
+def test_a_script_with_other_formulas_is_named(script, tmp_path, capsys):
     folder = make_run(tmp_path / "run", {1: [pair()]})
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
         db.execute("DELETE FROM constants WHERE name = 'the script'")
         db.execute("INSERT INTO constants VALUES (0, 'the script', ?)", [script]) if script else None
-    assert shown(folder)["script"] == (script or "dapo.py")
+    assert shown(folder)["other"] == ("gspo.py" if script == "gspo.py" else None)
+    if script == "gspo.py":
+        with pytest.raises(SystemExit) as stop:
+            show.main([str(folder), "--unipo"])
+        assert stop.value.code == 2 and "gspo.py made the run" in capsys.readouterr().err
+
+
+def test_a_file_is_no_run(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", {1: [pair()]})
+    with pytest.raises(SystemExit) as stop:
+        show.main([str(folder / "run.db")])
+    assert stop.value.code == 2 and "takes the folder of a run" in capsys.readouterr().err
 
 
 # ---- The file -------------------------------------------------------------------------------------------------------
@@ -617,13 +628,22 @@ def press(page, key):
     page.click(f'[data-key="{WORDS[key][0]}"]')
 
 
-@pytest.mark.parametrize("script, told", [("dapo.py", 0), ("grpo.py", 0), ("gspo.py", 1)])
-def test_the_page_names_a_script_with_other_formulas(script, told, view, tmp_path):
-    folder = make_run(tmp_path / "run", {1: [pair()]})
+@pytest.mark.parametrize("script", ["dapo.py", "gspo.py"])
+def test_of_a_script_with_other_formulas_the_page_tells_only_what_was_recorded(script, view, tmp_path):
+    """Not what the clip does, as that may be another one."""
+    one, other = answer("7", 1.0, 0.7071, [1.5, 1.0]), answer("8", 0.0, -0.7071, [0.5, 1.0])
+    folder = make_run(tmp_path / "run", {1: [group(one, other)]})
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
         db.execute("UPDATE constants SET value = ? WHERE name = 'the script'", [script])
     show.main([str(folder)])
-    assert text_of(view(folder / "steps.html"), "body").count(said("script", script=script)) == told
+    page, sentence = view(folder / "steps.html"), said("other", other="gspo.py")
+    open_response(page, 0, 0)
+    page.click(".token")
+    foreign = script == "gspo.py"
+    assert text_of(page, "#story").count(sentence) == (3 if foreign else 0)
+    assert (sentence in text_of(page, "#figures")) == foreign
+    assert (said("is held") in text_of(page, "#figures")) != foreign
+    assert page.locator(".token.high, .token.low").count() == (0 if foreign else 1)
 
 
 def test_by_keyboard_alone(pages, view):

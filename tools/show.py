@@ -47,6 +47,8 @@ def main(argv=None):
     try:
         print(write(place, page(runs)))
         for run in runs if options.unipo else ():
+            if run["other"]:
+                fail(f"--unipo: {run['other']} made the run in {run['folder']}, with formulas that unipo does not know")
             print(write(Path(run["folder"], "unipo.json"), json.dumps(unipo(run))))
     except OSError as error:
         fail(f"the page cannot be written: {error}")
@@ -66,7 +68,9 @@ def page(runs):
 
 
 def read_run(name, folder, step=None):
-    """What the page shows of a run: {name, folder, constants, script, metrics, steps, recorded, opens, held_out}."""
+    """What the page shows of a run: {name, folder, constants, other, metrics, steps, recorded, opens, held_out}."""
+    if Path(folder).is_file():
+        fail(f"{folder} is a file; python -m tools.show takes the folder of a run, with its run.db in it")
     metrics = plot.read_metrics(folder)
     try:
         with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
@@ -77,11 +81,12 @@ def read_run(name, folder, step=None):
             if step is not None and step not in sizes:
                 fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
             chosen, script = fitting(sizes, step), "SELECT value FROM constants WHERE name = 'the script'"
+            script = [*db.execute(script), ["dapo.py"]][0][0]
             return {
                 "name": name,
                 "folder": str(folder),
                 "constants": read_constants(db),
-                "script": [*db.execute(script), ["dapo.py"]][0][0],
+                "other": None if script in ("dapo.py", "grpo.py") else script,  # one with formulas of its own
                 "metrics": points_of(metrics),
                 "recorded": [*sizes],
                 "opens": step or most_held(metrics, chosen),
