@@ -1,1 +1,1 @@
-"""Other algorithms, each as its difference from dapo.py: python -m siblings.gspo takes all it takes."""
+"""Other algorithms, each as its difference from dapo.py. Run them from the repository root: python -m siblings.NAME"""

@@ -20,9 +20,9 @@ def group_advantages(rewards):
 
 
 def aggregate_loss(token_losses, mask, mode, denominator=None):
-    """Divided by a constant: by the length of a response (GRPO), long wrong ones are cheap, and by the tokens of the
-    mini-batch (DAPO), the weight of a token depends on its neighbors."""
-    return dapo_aggregate_loss(token_losses, mask, mode, denominator) / dapo.MAX_RESPONSE_LENGTH
+    """Divided by a constant. A response's length in its place (GRPO) would make long wrong responses cheap."""
+    loss = dapo_aggregate_loss(token_losses, mask, mode, denominator)
+    return loss / dapo.MAX_RESPONSE_LENGTH if mode == "seq-mean-token-sum" else loss
 
 
 dapo.group_advantages, dapo.aggregate_loss = group_advantages, aggregate_loss

@@ -18,7 +18,7 @@ dapo_group_advantages = dapo.group_advantages
 
 def group_advantages(rewards):
     """(n, G) → (n, G): r - mean of the others. A response's own reward in the mean would make advantages too small."""
-    others = (rewards.sum(1, keepdim=True) - rewards) / max(1, rewards.shape[1] - 1)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return (rewards - others).masked_fill(dapo_group_advantages(rewards) == 0, 0.0)  # equal rewards: exactly 0
 
 

@@ -140,7 +140,7 @@ def test_the_questions_at_its_end(student):
         student("update-once")
 
 
-def test_the_project_is_found_in_colab(student, monkeypatch, tmp_path):
+def test_the_project_is_found_in_colab(student, monkeypatch, tmp_path, capsys):
     """In a ZIP as GitHub makes it, and only missing packages are installed."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="upload the project's ZIP"):
@@ -148,7 +148,7 @@ def test_the_project_is_found_in_colab(student, monkeypatch, tmp_path):
     folder = tmp_path / "made/project-main"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "dapo.py", folder)
-    (folder / "requirements.txt").write_text("# one\ntorch==0.1\ntqdm>=4\ntransformers<2\nnot-there[more]>=3\n")
+    (folder / "requirements.txt").write_text("# one\ntorch==0.1\ntqdm>=4\npytest>=99\ntransformers<2\nnot-there[more]>=3\n")
     monkeypatch.chdir(tmp_path)
     shutil.make_archive("project-main", "zip", tmp_path / "made")
     shutil.rmtree(tmp_path / "made")
@@ -158,6 +158,7 @@ def test_the_project_is_found_in_colab(student, monkeypatch, tmp_path):
     student("find-project")
     assert (tmp_path / "project-main").samefile(".") and sys.path[0] == str(tmp_path / "project-main")
     assert calls == [[sys.executable, "-m", "pip", "install", "--quiet", "transformers<2", "not-there[more]>=3"]]
+    assert "of transformers - now choose Runtime > Restart session" in capsys.readouterr().out  # it was imported already
     student("find-project")  # again, from where it is now
     assert (tmp_path / "project-main").samefile(".")
 

@@ -2,10 +2,13 @@
 
 import contextlib
 import math
+import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import matplotlib.figure
@@ -132,6 +135,50 @@ def test_a_class(figures, monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("class/run.db is drawn alone: give it a name of its own") and len(said) == 2
     assert Path("class/training_metrics.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_class_with_files_that_are_no_runs(figures, monkeypatch, tmp_path, capsys):
+    """Those that Windows and macOS add, and broken or empty ones, keep nobody from being drawn; but a run that was
+    named has to be one."""
+    monkeypatch.chdir(tmp_path)
+    full_run(tmp_path / "class/dapo_seed1")
+    for name in ("Thumbs.db", "._dapo_seed1.db", "broken_seed2.db"):
+        Path("class", name).write_text("no database")
+    home_made_run(tmp_path / "class/begun_seed3", [])
+    Path("class/empty_seed4.db").touch()
+    plot.main(["class"])
+    said = capsys.readouterr()
+    assert said.out == "outputs/comparison.png\n" and legend(figures[0]) == ["dapo"]
+    assert [re.findall("class/[^ :]+", line)[0] for line in said.err.splitlines()] == [
+        "class/Thumbs.db", "class/begun_seed3", "class/broken_seed2.db", "class/empty_seed4.db",
+    ]  # fmt: skip
+    for words in (["class/broken_seed2.db"], ["class/dapo_seed1", "class/begun_seed3"]):
+        with pytest.raises(SystemExit):
+            plot.main(words)
+    shutil.rmtree("class/dapo_seed1")
+    with pytest.raises(SystemExit):
+        plot.main(["class"])
+    assert plot.NOTHING in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other permissions")
+def test_a_run_in_a_folder_that_cannot_be_written():
+    """In WAL mode, as every run.db of ours: SQLite would write there even to read. Root may write anywhere, so then it
+    is read as nobody."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "shared")
+        folder.mkdir()
+        with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+            db.executescript(dapo.TABLES.format(step=0))
+            db.execute("INSERT INTO metrics VALUES (1, 'accuracy', 0.5)")
+        Path(place).chmod(0o755)
+        folder.chmod(0o555)
+        become = "import os; os.geteuid() or os.setuid(65534)\n"
+        code = f"from tools import plot\n{become}print(plot.read_metrics({str(folder)!r}))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        folder.chmod(0o755)
+    assert done.stdout.strip() == "{'accuracy': ([1], [0.5])}", done.stderr
 
 
 def test_names(figures, monkeypatch, tmp_path):

@@ -73,7 +73,7 @@ def split(word):
 def runs_in(word):
     """[(name, folder or run.db)] of a run, or of all runs in a folder that is none itself."""
     name, folder = split(word)
-    own, inside = Path(folder, "run.db"), sorted({*Path(folder).glob("*.db"), *Path(folder).glob("*/run.db")})
+    own, inside = Path(folder, "run.db"), sorted({*Path(folder).glob("[!.]*.db"), *Path(folder).glob("*/run.db")})
     if own in inside and len(inside) > 1:
         print(f"{own} is drawn alone: give it a name of its own, such as dapo_seed1.db, to draw all runs in {folder}")
     if own in inside or not inside:
@@ -85,11 +85,16 @@ def read_experiments(words):
     """{label: the curves of each of its runs}"""
     found, ends = {}, {}  # by the name that a run was given, or by its path
     for name, folder in itertools.chain(*map(runs_in, words)):
-        curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
+        try:
+            curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
+        except SystemExit:
+            if any(split(word)[1] == folder for word in words):
+                raise
+            continue  # of the runs in a folder, those that cannot be read are told and left out
         key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)?$", "", str(Path(folder))))
         found.setdefault(key, []).append(with_derived(curves))
         ends.setdefault(key, {})[folder] = max(steps[-1] for steps, _ in curves.values())
-    short = {key: key if isinstance(key, str) else key.absolute().name for key in found}
+    short = {key: key if isinstance(key, str) else key.absolute().name for key in found or fail(NOTHING)}
     count, experiments = Counter(short.values()), {}
     for key, runs in found.items():
         alike = count[short[key]] > 1 and isinstance(key, Path)
@@ -241,7 +246,9 @@ def read_metrics(folder):
     if not path.exists():
         fail(f"there is no run in {folder}: {path} is missing")
     try:
-        with contextlib.closing(sqlite3.connect(path)) as db:
+        # A file to which nobody writes is read as it is: SQLite would write beside it, which a shared folder may forbid.
+        how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
+        with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + how, uri=True)) as db:
             for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):
                 steps, values = curves.setdefault(name, ([], []))
                 steps.append(step)
