@@ -68,8 +68,8 @@ SIBLINGS = {  # name: file of siblings/, constants
     "cispo": ("cispo", {}),
     "rloo": ("rloo", {}),
     "gspo": ("gspo", {}),
-    "gspo, four updates": ("gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
     "gspo, clip 0.97 to 1.04": ("gspo", {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}),
+    "gspo, four updates": ("gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
 }
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
@@ -247,11 +247,11 @@ def draw(runs):
 
 
 def draw_siblings(runs):
-    """The siblings beside GRPO and DAPO, as tools.plot compares runs, but not by time: they may have run at different
-    times, on a machine that was busy at some of them."""
+    """The siblings beside GRPO and DAPO, as many as there are colors, as tools.plot compares runs, but not by time: they
+    may have run at different times, on a machine that was busy at some of them."""
     if not SIBLINGS.keys() & runs.keys():
         return
-    names = [name for name in ("grpo.py", "dapo", *SIBLINGS) if name in runs]
+    names = [name for name in ("grpo.py", "dapo", *SIBLINGS) if name in runs][: len(plot.picture.COLORS)]
     curves = {name: [run | {"minutes of training": ((), ())} for run in runs[name]] for name in names}
     plot.comparison_figure(curves).savefig(FOLDER / "siblings.png", dpi=160)
 

@@ -375,16 +375,26 @@ def setting(label):
     return f"dapo {name}" if name.startswith("without") else name
 
 
-REFERENCE = (ROOT / "outputs/reference/ablation.md").read_text(encoding="utf-8")
-MEASURED = {setting(label): cells for label, *cells in measured_rows(REFERENCE)}
+def measured_in(table):
+    """{setting: cells} of a table in outputs/reference/."""
+    text = (ROOT / f"outputs/reference/{table}").read_text(encoding="utf-8")
+    return {setting(label): cells for label, *cells in measured_rows(text)}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ablation.md"])
-def test_the_figures_are_those_measured(page):
+MEASURED = measured_in("ablation.md")
+
+
+@pytest.mark.parametrize(
+    "page, table",
+    [("README.md", "ablation.md"), ("docs/ablation.md", "ablation.md"), ("docs/siblings.md", "siblings.md")],
+)
+def test_the_figures_are_those_measured(page, table):
     """Each row has the figures of its setting, in the order of their columns. Their twins have the same numbers."""
-    for label, *cells in measured_rows(TEXT[page]):
-        measured = iter(MEASURED[setting(label)])
+    found = measured_rows(TEXT[page])
+    for label, *cells in found:
+        measured = iter(measured_in(table)[setting(label)])
         assert all(cell in measured for cell in cells if cell.strip()), label
+    assert len(found) >= 6 and (table == "ablation.md" or len(found) == len(measured_in(table)))
 
 
 def test_the_ablation_is_shown_whole():
