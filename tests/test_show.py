@@ -89,17 +89,35 @@ def shown(folder, *more):
     return run
 
 
-@pytest.mark.parametrize("script", ["dapo.py", "grpo.py", "gspo.py", None])
-def test_a_script_with_other_formulas_is_named(script, tmp_path, capsys):
+def made_by(folder, script, source):
+    """Records which script made a run, and its text."""
+    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("DELETE FROM constants WHERE name = 'the script'")
+        facts = {"the script": script, f"source of {script}": source}
+        db.executemany("INSERT OR REPLACE INTO constants VALUES (0, ?, ?)", facts.items())
+
+
+SCRIPTS = ["dapo.py", "grpo.py", *(f"siblings/{name}.py" for name in ("dr_grpo", "gspo", "cispo", "rloo"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("again", [False, True])  # from the folder of a saved model, where its name is another one
+def test_a_script_with_other_formulas_is_named(script, again, tmp_path, capsys):
+    folder, name = make_run(tmp_path / "run", {1: [pair()]}), "train_script.py" if again else Path(script).name
+    made_by(folder, name, (ROOT / script).read_text(encoding="utf-8"))
+    other = name if script.startswith("siblings") else None
+    assert shown(folder)["other"] == other
+    if other:
+        with pytest.raises(SystemExit) as stop:
+            show.main([str(folder), "--unipo"])
+        assert stop.value.code == 2 and f"{other} made the run" in capsys.readouterr().err
+
+
+def test_a_trainer_that_records_no_script(tmp_path):
     folder = make_run(tmp_path / "run", {1: [pair()]})
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
         db.execute("DELETE FROM constants WHERE name = 'the script'")
-        db.execute("INSERT INTO constants VALUES (0, 'the script', ?)", [script]) if script else None
-    assert shown(folder)["other"] == ("gspo.py" if script == "gspo.py" else None)
-    if script == "gspo.py":
-        with pytest.raises(SystemExit) as stop:
-            show.main([str(folder), "--unipo"])
-        assert stop.value.code == 2 and "gspo.py made the run" in capsys.readouterr().err
+    assert shown(folder)["other"] is None
 
 
 def test_a_file_is_no_run(tmp_path, capsys):
@@ -633,8 +651,7 @@ def test_of_a_script_with_other_formulas_the_page_tells_only_what_was_recorded(s
     """Not what the clip does, as that may be another one."""
     one, other = answer("7", 1.0, 0.7071, [1.5, 1.0]), answer("8", 0.0, -0.7071, [0.5, 1.0])
     folder = make_run(tmp_path / "run", {1: [group(one, other)]})
-    with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
-        db.execute("UPDATE constants SET value = ? WHERE name = 'the script'", [script])
+    made_by(folder, script, "dapo.probability_ratio = probability_ratio" if script == "gspo.py" else "")
     show.main([str(folder)])
     page, sentence = view(folder / "steps.html"), said("other", other="gspo.py")
     open_response(page, 0, 0)

@@ -246,7 +246,7 @@ def read_metrics(folder):
     if not path.exists():
         fail(f"there is no run in {folder}: {path} is missing")
     try:
-        # A file to which nobody writes is read as it is: SQLite would write beside it, which a shared folder may forbid.
+        # A file that nobody writes to is read as it is: SQLite would write beside it, which a shared folder may forbid.
         how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
         with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + how, uri=True)) as db:
             for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):

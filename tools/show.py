@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import sqlite3
 import statistics
 import zlib
@@ -80,13 +81,12 @@ def read_run(name, folder, step=None):
                 fail(f"the run in {folder} has recorded no responses yet, which the page needs")
             if step is not None and step not in sizes:
                 fail(f"--step {step}: the run in {folder} has recorded the steps {min(sizes)} to {max(sizes)}")
-            chosen, script = fitting(sizes, step), "SELECT value FROM constants WHERE name = 'the script'"
-            script = [*db.execute(script), ["dapo.py"]][0][0]
+            chosen = fitting(sizes, step)
             return {
                 "name": name,
                 "folder": str(folder),
                 "constants": read_constants(db),
-                "other": None if script in ("dapo.py", "grpo.py") else script,  # one with formulas of its own
+                "other": other_script(db),
                 "metrics": points_of(metrics),
                 "recorded": [*sizes],
                 "opens": step or most_held(metrics, chosen),
@@ -95,6 +95,13 @@ def read_run(name, folder, step=None):
             }
     except (sqlite3.Error, ValueError, IndexError) as error:
         fail(f"{folder}/run.db does not hold what the page shows, as one of an earlier dapo.py does not: {error}")
+
+
+def other_script(db):
+    """The name of the run's script if that replaced functions of dapo.py, as those in siblings/ do; else None."""
+    facts = dict(map(tuple, db.execute("SELECT name, value FROM constants ORDER BY step")))
+    script = facts.get("the script")
+    return script if re.search(r"^dapo\.[a-z].* = ", facts.get(f"source of {script}", ""), re.MULTILINE) else None
 
 
 def points_of(metrics):
