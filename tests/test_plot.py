@@ -130,6 +130,14 @@ def test_a_class(figures, monkeypatch, tmp_path, capsys):
     assert legend(figures[1]) == ["dapo"] and legend(figures[2]) == ["GRPO", "others (20 seeds)"]
     assert len(capsys.readouterr().out.splitlines()) == 3  # the shortest of "others" is told, too
 
+    shutil.copy("class/dapo_seed3/run.db", "class/dapo_seed3.db")  # as handed in, and the folder that it comes from
+    Path("class/grpo_seed18.db").rename("class/grpo_seed18.db.db")  # Windows hides the first .db
+    plot.main(["class"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("class/dapo_seed3.db is left out: class/dapo_seed3 is drawn") and len(said) == 3
+    assert legend(figures[3]) == ["dapo (10 seeds)", "grpo (10 seeds)"]
+    Path("class/dapo_seed3.db").unlink()
+
     Path("class/dapo_seed19.db").rename("class/run.db")  # handed in under the name that all have
     plot.main(["class"])
     said = capsys.readouterr().out.splitlines()

@@ -78,6 +78,9 @@ def runs_in(word):
         print(f"{own} is drawn alone: give it a name of its own, such as dapo_seed1.db, to draw all runs in {folder}")
     if own in inside or not inside:
         return [(name, folder)]
+    for twin in [place for place in inside if place.with_suffix("") / "run.db" in inside]:
+        print(f"{twin} is left out: {twin.with_suffix('')} is drawn, a folder of the same name")
+        inside.remove(twin)
     return [(name, str(place.parent if place.name == "run.db" else place)) for place in inside]
 
 
@@ -91,7 +94,7 @@ def read_experiments(words):
             if any(split(word)[1] == folder for word in words):
                 raise
             continue  # of the runs in a folder, those that cannot be read are told and left out
-        key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)?$", "", str(Path(folder))))
+        key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)*$", "", str(Path(folder))))
         found.setdefault(key, []).append(with_derived(curves))
         ends.setdefault(key, {})[folder] = max(steps[-1] for steps, _ in curves.values())
     short = {key: key if isinstance(key, str) else key.absolute().name for key in found or fail(NOTHING)}
