@@ -38,6 +38,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tools import plot  # noqa: E402
+from tools.curves import fail, read_metrics, with_derived  # noqa: E402
 
 FOLDER = ROOT / "outputs" / "ablation"
 STEPS, MIDDLE, LATE = 14, 8, 4  # of a run; where accuracy is also read off; the last so many make an "end" value
@@ -63,13 +64,13 @@ WITHOUT = {  # the same constants where the idea is not used
 LADDER = ["naive GRPO", *(f"+ {idea}" for idea in IDEAS)]
 RATES = ["1e-5", "5e-5"]  # other learning rates
 FRESH = ["grpo.py", "dapo", "dapo without dynamic sampling"]
-SIBLINGS = {  # name: file of siblings/, constants
-    "dr_grpo": ("dr_grpo", {}),
-    "cispo": ("cispo", {}),
-    "rloo": ("rloo", {}),
-    "gspo": ("gspo", {}),
-    "gspo, clip 0.97 to 1.04": ("gspo", {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}),
-    "gspo, four updates": ("gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
+SIBLINGS = {
+    "dr_grpo": ("-m siblings.dr_grpo", {}),
+    "cispo": ("-m siblings.cispo", {}),
+    "rloo": ("-m siblings.rloo", {}),
+    "gspo": ("-m siblings.gspo", {}),
+    "gspo, clip 0.97 to 1.04": ("-m siblings.gspo", {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}),
+    "gspo, four updates": ("-m siblings.gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
 }
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
@@ -87,9 +88,7 @@ def all_settings():
     for rate in RATES:
         settings[f"grpo.py, learning rate {rate}"] = "grpo.py", {"LEARNING_RATE": rate}
     settings[f"dapo, learning rate {RATES[-1]}"] = "dapo.py", {"LEARNING_RATE": RATES[-1]}
-    for name, (file, changed) in SIBLINGS.items():
-        settings[name] = f"-m siblings.{file}", changed
-    return settings
+    return settings | SIBLINGS
 
 
 def folder_of(setting, seed):
@@ -112,7 +111,7 @@ def finished_runs(settings):
     for name, seed in planned(settings, SEEDS):
         if done(folder_of(name, seed)):
             line = name if seed < SEEDS else f"{name}, seeds {SEEDS} to {2 * SEEDS - 1}"
-            runs.setdefault(line, []).append(plot.with_derived(plot.read_metrics(folder_of(name, seed))))
+            runs.setdefault(line, []).append(with_derived(read_metrics(folder_of(name, seed))))
     return runs
 
 
@@ -150,7 +149,7 @@ def train_all(settings, seeds, jobs):
                 if process.poll() is not None:
                     del running[folder]
                     if process.returncode:
-                        plot.fail(f"{folder.name} ended with exit status {process.returncode}: see {folder}.log")
+                        fail(f"{folder.name} ended with exit status {process.returncode}: see {folder}.log")
                     tqdm.write(f"{time.strftime('%H:%M:%S')} done: {folder.name}, {len(waiting)} wait")
             bar.n = sum(STEPS if done(run[0]) else steps_done(run[0]) for run in runs)
             bar.set_postfix_str(f"{sum(done(run[0]) for run in runs)} of {len(runs)} runs")
@@ -247,13 +246,13 @@ def draw(runs):
 
 
 def draw_siblings(runs):
-    """The siblings beside GRPO and DAPO, as many as there are colors, as tools.plot compares runs, but not by time: they
-    may have run at different times, on a machine that was busy at some of them."""
+    """The siblings beside GRPO and DAPO, as many as there are colors, as tools.plot compares runs; but not by time, as
+    they may have run at different times, on a machine that was busy at some of them."""
     if not SIBLINGS.keys() & runs.keys():
         return
     names = [name for name in ("grpo.py", "dapo", *SIBLINGS) if name in runs][: len(plot.picture.COLORS)]
-    curves = {name: [run | {"minutes of training": ((), ())} for run in runs[name]] for name in names}
-    plot.comparison_figure(curves).savefig(FOLDER / "siblings.png", dpi=160)
+    untimed = {name: [run | {"minutes of training": ((), ())} for run in runs[name]] for name in names}
+    plot.comparison_figure(untimed).savefig(FOLDER / "siblings.png", dpi=160)
 
 
 def main():

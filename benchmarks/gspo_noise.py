@@ -42,12 +42,11 @@ def line(name, ratios, bound):
 
 
 def main():
-    dapo.OUTPUT_DIR = "outputs/gspo_noise"  # nothing is written
     dapo.read_command_line()
     print("| ratios of | median distance from 1 | 95 of 100 are below | largest | clip range | beyond it |")
     print("| --- | --- | --- | --- | --- | --- |")
     for kind in (torch.float32, torch.bfloat16):
-        dapo.autocast = lambda model, kind=kind: torch.autocast(model.device.type, kind, kind is torch.bfloat16)
+        dapo.autocast = lambda model: torch.autocast(model.device.type, kind, kind is torch.bfloat16)
         model, tokenizer = dapo.load_model(dapo.MODEL)
         questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)[: dapo.BATCH_SIZE]
         dapo.set_seed("noise")

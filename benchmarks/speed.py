@@ -49,7 +49,8 @@ import dapo  # noqa: E402, I001  (first: pyarrow has to come before torch on Win
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from tools import memory, plot  # noqa: E402
+from tools import memory  # noqa: E402
+from tools.curves import read_metrics  # noqa: E402
 
 SIZES = {"cpu": dict(BATCH_SIZE=32, MAX_RESPONSE_LENGTH=96), "cuda": dict(BATCH_SIZE=64, MAX_RESPONSE_LENGTH=512)}
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, vocab_size=151_936)
@@ -102,7 +103,7 @@ def ours(model, out, settings, goal=None):
     if not goal:
         dapo.Run.save_checkpoint = dapo.Run.save_model = lambda *others, **options: None
     dapo.main([f"--MODEL={model}", f"--OUTPUT_DIR={out}", f"--EVAL_EVERY={every}", "--RESUME=False", *arguments])
-    curves = {name: dict(zip(*curve)) for name, curve in plot.read_metrics(out).items()}
+    curves = {name: dict(zip(*curve)) for name, curve in read_metrics(out).items()}
     sampling, updates = curves["time/generate"], curves["time/update"]
     if goal:
         reached = next((step for step, value in curves["eval/accuracy"].items() if value >= goal and step), None)
@@ -335,7 +336,7 @@ def recipe(model, out, settings, seconds):
     process.kill()
     process.wait()
     dapo.read_command_line([str(ROOT / words[0]), *words[1:]])
-    curves = plot.read_metrics(out)
+    curves = read_metrics(out)
     if "time/step" not in curves:
         sys.exit("no step was finished")
     config = transformers.AutoConfig.from_pretrained(model)

@@ -18,6 +18,7 @@ from PIL import Image
 
 import dapo
 from tools import plot
+from tools.curves import read_metrics, split, with_derived
 
 
 def home_made_run(folder, metrics):
@@ -37,7 +38,7 @@ def test_seeds_are_averaged_and_clocks_added_up(tmp_path):
     groups = [(2, "groups/all_correct", 0.3), (2, "groups/all_wrong", 0.2), (2, "dynamic_resample_rate", 0.0)]
     groups += [(3, "groups/all_correct", 0.3), (3, "groups/all_wrong", 0.2), (3, "dynamic_resample_rate", 0.6)]
     folders = [home_made_run(tmp_path / name, rows) for name, rows in (("a_seed0", one), ("a_seed1", other + groups))]
-    runs = [plot.with_derived(plot.read_metrics(folder)) for folder in folders]
+    runs = [with_derived(read_metrics(folder)) for folder in folders]
     expected = [0, 2], [0.3, 0.7], [0.2, 0.6], [0.4, 0.8]
     for found, right in zip(plot.average(runs, "eval/accuracy", "step"), expected):
         assert found == pytest.approx(right)
@@ -52,7 +53,7 @@ def test_what_a_run_recorded_is_not_derived(tmp_path):
     even = [("groups/all_correct", 0.3), ("groups/all_wrong", 0.2), ("dynamic_resample_rate", 0.0)]
     metrics = [(1, *row) for row in [*even, ("groups/with_gradient", 0.25)]]
     metrics += [(step, name, 60 * step) for step in (1, 2) for name in ("time/generate", "time/update")]
-    curves = plot.with_derived(plot.read_metrics(home_made_run(tmp_path / "run", metrics)))
+    curves = with_derived(read_metrics(home_made_run(tmp_path / "run", metrics)))
     assert curves["groups/with_gradient"] == ([1], [0.25])
     assert curves["minutes of training"] == ([0, 1, 2], [0, 2, 6])
 
@@ -183,7 +184,7 @@ def test_a_run_in_a_folder_that_cannot_be_written():
         Path(place).chmod(0o755)
         folder.chmod(0o555)
         become = "import os; os.geteuid() or os.setuid(65534)\n"
-        code = f"from tools import plot\n{become}print(plot.read_metrics({str(folder)!r}))"
+        code = f"from tools.curves import read_metrics\n{become}print(read_metrics({str(folder)!r}))"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         folder.chmod(0o755)
     assert done.stdout.strip() == "{'accuracy': ([1], [0.5])}", done.stderr
@@ -206,7 +207,7 @@ def test_a_name_that_is_also_that_of_a_folder(monkeypatch, tmp_path):
     full_run(Path("c"))
     full_run(Path("x/c"))
     assert [*plot.read_experiments(["c", "c=one", "x/c"])] == ["./c", "c", "x/c"]
-    assert plot.split("a=b=c") == ("a", "b=c") and plot.split("one") == ("", "one")
+    assert split("a=b=c") == ("a", "b=c") and split("one") == ("", "one")
 
 
 def test_axes_tell_the_truth(figures, monkeypatch, tmp_path):
@@ -468,7 +469,7 @@ def test_the_trainer_that_the_page_shows_can_be_compared(monkeypatch, tmp_path):
     code = next(part for part in re.findall("```python\n(.*?)```", page, re.DOTALL) if "train_one_step()" in part)
     monkeypatch.chdir(tmp_path)
     exec(code, {"train_one_step": lambda: {"accuracy": 0.4, "response_length/mean": 12.5}})
-    curves = plot.with_derived(plot.read_metrics("outputs/mine"))
+    curves = with_derived(read_metrics("outputs/mine"))
     assert curves["accuracy"] == (list(range(1, 41)), [0.4] * 40) and len(curves["minutes of training"][0]) == 41
     plot.main(["outputs/mine", "outputs/mine"])
     assert (tmp_path / "outputs/comparison.png").exists()

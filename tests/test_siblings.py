@@ -161,10 +161,6 @@ def test_it_replaces_what_its_page_says_and_nothing_else(name, become):
         REPLACED[name], key=FUNCTIONS.index
     )
     assert all(getattr(dapo, function) is was for function, was in before.items() if function not in REPLACED[name])
-    changed = {constant for constant, was in dapo.CONSTANTS.items() if getattr(dapo, constant) != was} - {"DEVICE"}
-    page = (ROOT / f"siblings/{name}.py").read_text(encoding="utf-8")
-    assert changed == {constant for constant in dapo.CONSTANTS if f"\ndapo.{constant} = " in page}
-    assert dapo.OUTPUT_DIR == f"outputs/{name}"
 
 
 SETS = {  # GSPO's bounds are the paper's; CISPO's are none, and TRL's 5 = 1 + 4

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tools.plot import fail, read_metrics
+from tools.curves import fail, read_metrics
 
 SECONDS = 2.0  # between two looks at run.db
 

@@ -13,17 +13,17 @@ A run.db may stand alone, under a name of its own: class/dapo_seed7.db is drawn 
 A trainer of your own takes part if it writes a table metrics(step, name, value) into run.db.
 """
 
-import contextlib
 import fnmatch
 import itertools
 import math
 import re
-import sqlite3
 import statistics
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+
+from tools.curves import fail, runs_in, split, with_derived
 
 COMPARED = {  # title: metric, x axis, lowest and highest of the y axis
     "accuracy (held-out, greedy)": ("eval/accuracy", "step", 0, 1),
@@ -64,36 +64,10 @@ def main(argv=None):
     print(path)
 
 
-def split(word):
-    """The name and the folder in NAME=FOLDER; no name in that of a folder, whose own may hold a "="."""
-    name, equals, folder = word.partition("=")
-    return (name, folder) if equals and not Path(word).is_dir() else ("", word)
-
-
-def runs_in(word):
-    """[(name, folder or run.db)] of a run, or of all runs in a folder that is none itself."""
-    name, folder = split(word)
-    own, inside = Path(folder, "run.db"), sorted({*Path(folder).glob("[!.]*.db"), *Path(folder).glob("*/run.db")})
-    if own in inside and len(inside) > 1:
-        print(f"{own} is drawn alone: give it a name of its own, such as dapo_seed1.db, to draw all runs in {folder}")
-    if own in inside or not inside:
-        return [(name, folder)]
-    for twin in [place for place in inside if place.with_suffix("") / "run.db" in inside]:
-        print(f"{twin} is left out: {twin.with_suffix('')} is drawn, a folder of the same name")
-        inside.remove(twin)
-    return [(name, str(place.parent if place.name == "run.db" else place)) for place in inside]
-
-
 def read_experiments(words):
     """{label: the curves of each of its runs}"""
     found, ends = {}, {}  # by the name that a run was given, or by its path
-    for name, folder in itertools.chain(*map(runs_in, words)):
-        try:
-            curves = read_metrics(folder) or fail(f"the run in {folder} has not recorded any metrics yet")
-        except SystemExit:
-            if any(split(word)[1] == folder for word in words):
-                raise
-            continue  # of the runs in a folder, those that cannot be read are told and left out
+    for name, folder, curves in itertools.chain.from_iterable(map(runs_in, words)):
         key = name or Path(re.sub(r"([-_/\\]?seed[-_]?\d+)?(\.db)*$", "", str(Path(folder))))
         found.setdefault(key, []).append(with_derived(curves))
         ends.setdefault(key, {})[folder] = max(steps[-1] for steps, _ in curves.values())
@@ -221,50 +195,6 @@ def average(runs, metric, against):
     values = [[curve[step] for curve in curves] for step in steps]
     x = steps if against == "step" else [statistics.fmean(clock[step] for clock in clocks) for step in steps]
     return x, list(map(statistics.fmean, values)), list(map(min, values)), list(map(max, values))
-
-
-def with_derived(curves):
-    """read_metrics' curves without NaN, with the clock and, if not recorded, the share of groups with a gradient."""
-    points = {name: [point for point in zip(*curve) if not math.isnan(point[1])] for name, curve in curves.items()}
-    curves = {name: tuple(map(list, zip(*found))) for name, found in points.items() if found}
-
-    def at(*names):
-        """{step: the values of these metrics} at the steps that have all of them."""
-        values = [dict(zip(*curves.get(name, ((), ())))) for name in names]
-        return {step: [value[step] for value in values] for step in values[0] if all(step in value for value in values)}
-
-    shares, even = {}, at("groups/all_correct", "groups/all_wrong", "dynamic_resample_rate")
-    for step, (correct, wrong, dropped) in even.items():
-        if dropped < 1:
-            shares[step] = min(1.0, (1 - correct - wrong) / (1 - dropped))
-    seconds = at("time/step") or at("time/generate", "time/update")
-    minutes = itertools.accumulate(map(sum, seconds.values()), lambda total, more: total + more / 60, initial=0.0)
-    derived = {"groups/with_gradient": ([*shares], [*shares.values()])} if shares else {}
-    return derived | curves | ({"minutes of training": ([0, *seconds], [*minutes])} if seconds else {})
-
-
-def read_metrics(folder):
-    """{name: (steps, values)} of the run in a folder."""
-    path, curves = Path(folder) if Path(folder).is_file() else Path(folder, "run.db"), {}
-    if not path.exists():
-        fail(f"there is no run in {folder}: {path} is missing")
-    try:
-        # A file that nobody writes to is read as it is: SQLite would write beside it, which a shared folder may forbid.
-        how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
-        with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + how, uri=True)) as db:
-            for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(math.nan if value is None else float(value))
-    except (sqlite3.Error, ValueError) as error:
-        fail(f"{path} cannot be read: {error}")
-    return curves
-
-
-def fail(message):
-    """Ends the program for a reason that its user can mend: one line, exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from pathlib import Path
 
 import jinja2
 
-from tools import plot
-from tools.plot import fail
+from tools.curves import fail, read_metrics, split
 
 FILES = "show.html", "show_words.json"  # the template of the page, and its words in English and in Chinese
 LIMIT = 12e6  # characters of the responses of steps, and of evaluations; with more, a page would open slowly
@@ -40,7 +39,7 @@ def main(argv=None):
     parser.add_argument("--step", type=int, metavar="N")
     parser.add_argument("--unipo", action="store_true")
     options = parser.parse_args(argv)
-    named = [plot.split(word) for word in options.folders]
+    named = [split(word) for word in options.folders]
     names = [name or Path(folder).absolute().name for name, folder in named]
     names = [name if given or names.count(name) < 2 else folder for name, (given, folder) in zip(names, named)]
     runs = [read_run(name, folder, options.step) for name, (_, folder) in zip(names, named)]
@@ -72,7 +71,7 @@ def read_run(name, folder, step=None):
     """What the page shows of a run: {name, folder, constants, other, metrics, steps, recorded, opens, held_out}."""
     if Path(folder).is_file():
         fail(f"{folder} is a file; python -m tools.show takes the folder of a run, with its run.db in it")
-    metrics = plot.read_metrics(folder)
+    metrics = read_metrics(folder)
     try:
         with contextlib.closing(sqlite3.connect(Path(folder, "run.db"))) as db:
             db.row_factory = sqlite3.Row
