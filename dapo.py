@@ -53,10 +53,11 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
 from reward import TIMEOUTS as given_up
-from reward import compute_score, overlong_penalty
+from reward import compute_score, overlong_penalty, read_verdict
 
 # ---- Constants: functions read them when they run: the command line, a recipe, or grpo.py can set them first ---------
 
@@ -88,6 +89,7 @@ EVAL_DATASETS = [  # held-out questions, in the same form
     {"path": "toy/test.parquet", "type": "parquet", "input": "question", "output": "answer"},
 ]
 PROMPT_TEMPLATE = "{question}"  # what is asked, inside the chat template; "boxed" and "answer" name ready-made ones
+CHAT_TEMPLATE_KWARGS = {}  # switches of the model's chat template, such as {"enable_thinking": False} for Qwen3
 MAX_PROMPT_LENGTH = 256  # tokens; longer questions are left out
 TRUST_REMOTE_CODE = False  # run the Python code that a model from the Hub may bring along
 OUTPUT_DIR = "outputs/dapo"  # the run's own folder; an earlier run in it is renamed, not overwritten
@@ -130,6 +132,8 @@ KL_COEF = 0.0  # weight of the KL penalty (GRPO: above 0)
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 
 # Update
+LORA_RANK = 0  # 0: train all weights; above: keep them, and train adapters of this rank, in less memory (needs peft)
+LORA_ALPHA = 32.0  # what an adapter adds is multiplied by this / LORA_RANK
 LEARNING_RATE = 2e-5  # of AdamW, after the warm-up (the paper, with 32 billion parameters: 1e-6)
 WARMUP_STEPS = 5  # steps over which the learning rate rises to it
 WEIGHT_DECAY = 0.1  # of AdamW
@@ -148,7 +152,9 @@ CONSTANTS = {name: value for name, value in globals().items() if name.isupper()}
 def train():
     """Trains MODEL on TRAIN_DATASETS. Everything it writes is in OUTPUT_DIR."""
     model, tokenizer = load_model(MODEL)
-    base = load_model(MODEL)[0] if KL_COEF else None
+    base = load_model(MODEL)[0] if KL_COEF and not LORA_RANK else None
+    if LORA_RANK:
+        add_adapters(model)
     questions, held_out = load_questions(TRAIN_DATASETS, tokenizer), load_questions(EVAL_DATASETS, tokenizer)
     check(model, questions, held_out)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -200,6 +206,7 @@ class Question:
     answer: str  # the ground truth
     source: str  # the path of its data set
     prompt: torch.Tensor  # (P,) token ids, as the model reads them
+    columns: dict = field(default_factory=dict)  # the rest of its row
     rests: int = 0  # epochs for which it is still skipped
     prompt_end: str = ""  # its last tokens as text: a chat template may open a <think> there
 
@@ -354,7 +361,8 @@ def update_policy(model, base, optimizer, groups, step):
         mini_batches += [responses[first::count] for first in range(count)]  # each takes every count-th response
     store_log_probs(model, responses, "old_log_probs")  # before any step, scored as in the update: ratios start at 1
     if KL_COEF:
-        store_log_probs(base, responses, "base_log_probs")
+        with contextlib.nullcontext() if base else model.adapters.disable_adapter():  # LoRA needs no second model
+            store_log_probs(base or model, responses, "base_log_probs")
     learning_rate = optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / max(1, WARMUP_STEPS))
     sums, first_gap, skipped = Counter(), None, 0  # Counter.update adds, where dict.update would replace
     for mini_batch in mini_batches:  # each step changes the policy, so ratios leave 1 after the first
@@ -583,11 +591,14 @@ transformers.utils.chat_template_utils.datetime = SimpleNamespace(now=lambda: da
 transformers.logging.disable_progress_bar()
 for library in ("transformers", "huggingface_hub", "datasets"):  # errors are raised, too, and then told in one line
     logging.getLogger(library).setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module="transformers|peft")
 
 
 def load_model(path):
-    """The model in a folder or on the Hub, with fp32 weights, and its tokenizer."""
+    """The model in a folder or on the Hub, in fp32, or in the type of the arithmetic for LoRA, and its tokenizer."""
     path, options = saved_model(path), {"trust_remote_code": TRUST_REMOTE_CODE}
+    device = torch.device(DEVICE or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    dtype = arithmetic(SimpleNamespace(device=device)) if LORA_RANK else torch.float32
     with explained(f"MODEL={path} is neither a model's folder nor its name on the Hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         whole = transformers.AutoConfig.from_pretrained(path, **options)
@@ -598,7 +609,7 @@ def load_model(path):
             part.return_dict = True
             if hasattr(part, "output_router_logits"):
                 part.output_router_logits = False
-        options |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, report = transformers.AutoModelForCausalLM.from_pretrained(path, config=whole, **options)
     size, positions = config.vocab_size, getattr(config, "max_position_embeddings", None) or math.inf
     if report["missing_keys"]:
@@ -623,7 +634,28 @@ def load_model(path):
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     model._optimize_model_for_decode = contextlib.nullcontext  # it would gather the expert weights of every token
     # Never train(): with dropout, the policy that we score would not be the one that we sample.
-    return model.to(DEVICE or torch.accelerator.current_accelerator(check_available=True) or "cpu").eval(), tokenizer
+    return model.to(device).eval(), tokenizer
+
+
+def add_adapters(model):
+    """LoRA (arXiv 2106.09685): to what a linear layer gives, W x, adds LORA_ALPHA / LORA_RANK · B A x; the output layer
+    is left out. Only A and B are trained, in fp32. B begins at 0, and so the policy as the base model."""
+    set_seed("adapters")
+    with explained(f"LORA_RANK={LORA_RANK} needs peft (pip install peft), and a MODEL that it can add to"):
+        import peft
+
+        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        adapters = peft.get_peft_model(model, peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, **kind))
+    vars(model)["adapters"] = adapters  # as an attribute of its own, it would be a part of the model that contains it
+
+
+def merged_weights(model):
+    """A model's state dict with its adapters added to the weights, in fp32: bf16 would round small changes away."""
+    weights = {name.replace(".base_layer", ""): w for name, w in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            weights[f"{name}.weight"] = (weights[f"{name}.weight"] + layer.get_delta_weight("default")).cpu()
+    return weights
 
 
 def recomputed(forward):
@@ -646,7 +678,7 @@ def load_questions(sources, tokenizer):
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     control, questions, left_out = added | set(tokenizer.all_special_tokens), [], Counter()
     for source in sources:
-        for messages, answer in load_rows(source):
+        for messages, answer, columns in load_rows(source):
             with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
                 text, ids = read_prompt(tokenizer, messages)
             if not ids:
@@ -657,8 +689,8 @@ def load_questions(sources, tokenizer):
             elif len(ids) > MAX_PROMPT_LENGTH:
                 left_out["are over MAX_PROMPT_LENGTH"] += 1
             else:
-                asked = messages[-1]["content"], answer, source["path"]
-                questions.append(Question(*asked, torch.tensor(ids), prompt_end=text[-40:]))
+                asked = messages[-1]["content"], answer, source["path"], torch.tensor(ids)
+                questions.append(Question(*asked, columns, prompt_end=text[-40:]))
     count = len(questions) + left_out.total()
     for reason, number in left_out.items():
         say(f"{number} of {count} questions {reason}: left out")
@@ -666,8 +698,8 @@ def load_questions(sources, tokenizer):
 
 
 def load_rows(source):
-    """[(chat messages, answer), ...] of a data set, an entry of TRAIN_DATASETS, without rows that lack either, and
-    without repeated questions: DAPO-Math-17k has each a hundred times."""
+    """[(chat messages, answer, other columns), ...] of a data set, an entry of TRAIN_DATASETS, without rows that lack
+    either, and without repeated questions: DAPO-Math-17k has each a hundred times."""
     found, number, row = {}, 0, {}
     with explained(f"{source} cannot be read; a data set has path, type (parquet, json, csv, hub), input, and output"):
         for number, row in enumerate(read_rows(**source), 1):
@@ -677,7 +709,10 @@ def load_rows(source):
                 raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
             if text is not None and answer is not None:
                 messages[-1]["content"] = str(text)
-                found.setdefault(str(messages), (messages, str(answer)))
+                known = row if REWARD is compute_score else (source["input"], source["output"])  # ours needs no others
+                others = {name: row[name] for name in row if name not in known}
+                others |= others.pop("extra_info") if isinstance(others.get("extra_info"), dict) else {}  # as in verl
+                found.setdefault(str(messages), (messages, str(answer), others))
     if not found:
         fail(f"{source} has {number} rows, and none with an input and an output; its columns: {', '.join(row)}")
     if len(found) < number:
@@ -712,13 +747,17 @@ def read_rows(path, type, input, output, split=None, name=None):
 
 
 def arrow_rows(table, *paths):
-    """Yields the rows of an Arrow data set. Text may be bytes there, and Python prints float32 0.1 as 0.1000000015."""
+    """Yields the rows of an Arrow data set. At `paths`, text may be bytes, and Python prints float32 0.1 as
+    0.1000000015."""
     as_text = pyarrow.float32(), pyarrow.binary(), pyarrow.large_binary()
     names = table.schema.names
     fields = {path: pyarrow.dataset.field(path if path in names else tuple(path.split("."))) for path in paths}
+    if REWARD is not compute_score:
+        fields = {name: pyarrow.dataset.field(name) for name in names} | fields
     for batch in table.to_batches(columns=fields):
-        columns = [column.cast(pyarrow.string()) if column.type in as_text else column for column in batch.columns]
-        yield from pyarrow.table(columns, batch.schema.names).to_pylist()
+        columns = dict(zip(fields, batch.columns))
+        columns |= {path: columns[path].cast(pyarrow.string()) for path in paths if columns[path].type in as_text}
+        yield from pyarrow.table(columns).to_pylist()
 
 
 def value_at(row, name):
@@ -739,12 +778,14 @@ def chat_messages(question):
 
 def read_prompt(tokenizer, messages):
     """Chat messages → what the model reads, as text and as token ids: without a chat template, the last message."""
+    if unknown := [name for name in CHAT_TEMPLATE_KWARGS if str(name) not in str(tokenizer.chat_template)]:
+        fail(f"{CHAT_TEMPLATE_KWARGS=}: the chat template of MODEL={MODEL} has no switch {unknown[0]}")
     text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
     if not tokenizer.chat_template:
         ids = tokenizer(text)["input_ids"]
         return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
     messages = [*messages[:-1], messages[-1] | {"content": text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
     return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
 
 
@@ -819,7 +860,7 @@ def judge(questions, texts):
     """
     columns = {"data_source": [question.source for question in questions], "solution_str": list(texts)}
     columns["ground_truth"] = [question.answer for question in questions]
-    columns["extra_info"] = [{"question": question.text, "prompt": question.prompt_end} for question in questions]
+    columns["extra_info"] = [q.columns | {"question": q.text, "prompt": q.prompt_end} for q in questions]
     verdicts = []
     try:
         if "solution_strs" in inspect.signature(REWARD).parameters:
@@ -835,25 +876,9 @@ def judge(questions, texts):
     except Exception as error:
         number = min(len(verdicts), len(texts) - 1)
         about = f"the question {shorten(questions[number].text)!r} and the response {shorten(texts[number])!r}"
-        fail(
-            f"REWARD={inspect.getfile(REWARD)}:{REWARD.__qualname__} failed at {about}: {described(error)}", RewardFault
-        )
+        function = f"{inspect.getfile(REWARD)}:{REWARD.__qualname__}"
+        fail(f"REWARD={function} failed at {about}: {described(error)}", RewardFault)
     return verdicts
-
-
-def read_verdict(verdict):
-    verdict = verdict if isinstance(verdict, dict) else {"score": verdict}
-    score, accuracy = verdict["score"], verdict.get("acc")
-    if score is None:
-        return None
-    signal = score if accuracy is None else accuracy
-    others = {name: value for name, value in verdict.items() if name not in ("score", "acc", "pred")}
-    others = {name: float(value) for name, value in others.items() if hasattr(value, "__float__")}
-    if not all(map(math.isfinite, (score, signal, *others.values()))):
-        raise ValueError(f"{verdict} is not finite")
-    accuracy = float(score > 0 if accuracy is None else accuracy)
-    numbers = {"accuracy": accuracy, "signal": float(signal), "reward": float(score)}
-    return numbers | {"prediction": verdict.get("pred"), "others": others}
 
 
 class RewardFault(SystemExit):
@@ -932,9 +957,9 @@ class Run:
         self.sources = {name_of(file): file.read_text(encoding="utf-8") for file in sorted(files) if file.is_file()}
         self.constants = {name: text_of(globals()[name]) for name in CONSTANTS} | {"the script": self.script.name}
         for name, asked in (("the questions' checksum", questions), ("the held-out questions' checksum", held_out)):
-            text = str([(question.prompt.tolist(), question.answer) for question in asked])
+            text = str([(question.prompt.tolist(), question.answer, *question.columns.items()) for question in asked])
             self.constants[name] = str(zlib.crc32(text.encode()))
-        some = [weights.detach().flatten()[::101].cpu().numpy().tobytes() for weights in model.parameters()]
+        some = [weights.detach().flatten()[::101].cpu().float().numpy().tobytes() for weights in model.parameters()]
         self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
         self.facts = self.constants | {f"source of {name}": text for name, text in self.sources.items()}  # for run.db
         self.facts |= {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -991,7 +1016,7 @@ class Run:
         if left < 0:
             fail(f"the run in OUTPUT_DIR={OUTPUT_DIR} is at step {state['step']}, past {NUM_STEPS=}, {NUM_EPOCHS=}")
         self.step, self.drawn = state["step"], state["drawn"]
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=not LORA_RANK)
         self.optimizer.load_state_dict(state["optimizer"])
         for weights, moments in self.optimizer.state.items():
             for moment in (moments["exp_avg"], moments["exp_avg_sq"]):
@@ -1034,7 +1059,8 @@ class Run:
     def save_checkpoint(self, finished=False):
         if any(self.latest("skipped_updates", 1)) and not finished:  # the last checkpoint is from before the trouble
             return
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "finished": finished}
+        trained = {name: w for name, w in self.model.state_dict().items() if not LORA_RANK or ".lora_" in name}
+        state = {"model": trained, "optimizer": self.optimizer.state_dict(), "finished": finished}
         path, previous = self.checkpoints
         with complete(path) as unfinished:
             torch.save(state | self.position | {"constants": self.constants}, unfinished)
@@ -1049,8 +1075,10 @@ class Run:
         if place.exists() and not (place / "train_script.py").exists():
             fail(f"{place} is not this run's: move it; the same command then resumes the run, and saves its model")
         with complete(place) as unfinished:
-            self.model.save_pretrained(unfinished)
-            for weights in unfinished.glob("*.safetensors"):  # its library lets only their owner read them
+            self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model))
+            if LORA_RANK:
+                self.model.adapters.save_pretrained(unfinished / "adapters", save_embedding_layers=False)
+            for weights in unfinished.rglob("*.safetensors"):  # its library lets only their owner read them
                 shutil.copymode(unfinished / "config.json", weights)
             self.tokenizer.save_pretrained(unfinished)
             self.model.own_generation_config.to_json_file(unfinished / "generation_config.json")
@@ -1077,6 +1105,9 @@ class Run:
             return
         if step == 1:
             diagnose(metrics, groups)
+            steps, seconds = self.left(1, self.drawn) / (1 if NUM_STEPS else self.drawn), metrics["time/step"]
+            left = steps * seconds + (steps // EVAL_EVERY + 1) * (time.time() - self.start - seconds)
+            say(f"step 1 took {seconds:.0f} s: about {tqdm.format_interval(left)} to the end, evaluations included")
         if metrics["groups_trained"] < BATCH_SIZE:
             say(f"step {step}: trains on {metrics['groups_trained']} groups instead of {BATCH_SIZE}")
         if metrics.get("skipped_updates"):
@@ -1296,7 +1327,7 @@ def frame(axes, title, lowest, highest, steps):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 MAY_BE_0 = """SEED SAVE_EVERY RECORDED_TOKENS REST_EPOCHS OVERLONG_PENALTY_FACTOR KL_COEF ENTROPY_COEF WARMUP_STEPS
-WEIGHT_DECAY""".split()
+WEIGHT_DECAY LORA_RANK""".split()
 RULES = {name: f"0 < {name} < math.inf" for name, value in CONSTANTS.items() if type(value) in (int, float)}
 RULES |= {name: f"0 <= {name} < math.inf" for name in MAY_BE_0} | {
     "TRAIN_DATASETS": "len(TRAIN_DATASETS) >= 1",
@@ -1414,10 +1445,8 @@ def explained(what):
 
 
 # Messages of errors that are not an OutOfMemoryError: from the CPU (Linux, Windows), CUDA, its libraries, and MPS.
-OUT_OF_MEMORY = (
-    "can't allocate memory", "not enough memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED",
-    "backend out of memory",
-)  # fmt: skip
+OUT_OF_MEMORY = """can't allocate memory|not enough memory|CUDA error: out of memory|_STATUS_ALLOC_FAILED|\
+backend out of memory""".split("|")
 
 
 def is_out_of_memory(error):

@@ -15,6 +15,7 @@ Left out: converting units, numbers to another base, and answers that are senten
 import faulthandler
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -41,6 +42,22 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     truths = [extract_answer(str(truth)) or str(truth) for truth in truths]
     right = prediction is not None and any(answers_match(prediction, truth, question) for truth in truths)
     return {"score": 1.0 if right else -1.0, "acc": right, "pred": prediction or ""}
+
+
+def read_verdict(verdict):
+    """What a reward function returns (see dapo.judge) → the fields of a dapo.Response that it sets, or None."""
+    verdict = verdict if isinstance(verdict, dict) else {"score": verdict}
+    score, accuracy = verdict["score"], verdict.get("acc")
+    if score is None:
+        return None
+    signal = score if accuracy is None else accuracy
+    others = {name: value for name, value in verdict.items() if name not in ("score", "acc", "pred")}
+    others = {name: float(value) for name, value in others.items() if hasattr(value, "__float__")}
+    if not all(map(math.isfinite, (score, signal, *others.values()))):
+        raise ValueError(f"{verdict} is not finite")
+    accuracy = float(score > 0 if accuracy is None else accuracy)
+    numbers = {"accuracy": accuracy, "signal": float(signal), "reward": float(score)}
+    return numbers | {"prediction": verdict.get("pred"), "others": others}
 
 
 def trl_reward(completions, answer, prompts=None, **columns):

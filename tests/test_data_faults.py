@@ -19,7 +19,7 @@ def source(path, kind, question="q", answer="a", **others):
 
 def asked(*parts, **others):
     """The questions and answers of a data set."""
-    return [(messages[-1]["content"], answer) for messages, answer in dapo.load_rows(source(*parts, **others))]
+    return [(messages[-1]["content"], answer) for messages, answer, _ in dapo.load_rows(source(*parts, **others))]
 
 
 def write(path, **columns):
@@ -112,7 +112,7 @@ def test_chat_messages_as_json_text(tmp_path):
     chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": '1 + "1"?'}]
     write(tmp_path / "rows.parquet", q=[json.dumps(chat), "[{x}] + 1?", '[{"a": 1}]'], a=["2", "3", "4"])
     rows = dapo.load_rows(source(tmp_path / "rows.parquet", "parquet"))
-    assert [messages for messages, _ in rows] == [
+    assert [messages for messages, *_ in rows] == [
         chat,
         [{"role": "user", "content": "[{x}] + 1?"}],
         [{"role": "user", "content": '[{"a": 1}]'}],

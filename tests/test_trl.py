@@ -131,11 +131,12 @@ def test_rewards_are_scores_with_the_penalty(buffer, penalty, set_constants, set
     set_reward(judge)
     ids = [tokenizer("1" * 9 + "2")["input_ids"][:length] for length in (10, 8, 10, 6)]
     columns = {"text": [*"abcd"], "answer": [*"0123"], "source": [*"wxyz"], "prompt_end": ["<think>"] * 4}
+    columns["columns"] = [{"level": n} for n in range(4)]
     given = reward(tokenizer, completion_ids=ids, log_metric=lambda *pair: logged.append(pair), prompts=[], **columns)
     assert given[0] is None
     assert given[1:] == pytest.approx([score + less for score, less in zip((2.5, -1.0, 0.5), penalty[1:])])
     assert logged == [("accuracy", 0.0), ("accuracy", 0.0), ("accuracy", 1.0)]
-    info = {"question": "b", "prompt": "<think>"}
+    info = {"level": 1, "question": "b", "prompt": "<think>"}
     assert told[1] == {"data_source": "x", "solution_str": "1" * 8, "ground_truth": "1", "extra_info": info}
 
 

@@ -47,9 +47,10 @@ def rows(sources, tokenizer):
     return [vars(q) | {"prompt": messages[tuple(q.prompt.tolist())]} for q in dapo.load_questions(sources, tokenizer)]
 
 
-def reward(tokenizer, completion_ids, text, answer, source, prompt_end, log_metric, **others):
+def reward(tokenizer, completion_ids, text, answer, source, columns, prompt_end, log_metric, **others):
     """REWARD's score of each completion, with the overlong penalty (eq. 13); None where REWARD gives no verdict."""
-    asked = [dapo.Question(*row[:3], None, prompt_end=row[3]) for row in zip(text, answer, source, prompt_end)]
+    rows = zip(text, answer, source, [None] * len(text), columns, prompt_end)
+    asked = [dapo.Question(*row[:5], prompt_end=row[5]) for row in rows]
     verdicts = dapo.judge(asked, tokenizer.batch_decode(completion_ids, skip_special_tokens=True))
     for verdict in filter(None, verdicts):
         log_metric("accuracy", verdict["accuracy"])

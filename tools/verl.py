@@ -44,7 +44,7 @@ def verl_rows(sources, split):
     """Rows in verl's schema: what is asked as chat messages, and the ground truth for the reward manager."""
     rows, template = [], dapo.TEMPLATES.get(dapo.PROMPT_TEMPLATE, dapo.PROMPT_TEMPLATE)
     for source in sources:
-        for messages, answer in dapo.load_rows(source):
+        for messages, answer, columns in dapo.load_rows(source):
             question = messages[-1]["content"]
             asked = [*messages[:-1], messages[-1] | {"content": template.replace("{question}", question)}]
             row = {
@@ -52,7 +52,7 @@ def verl_rows(sources, split):
                 "prompt": [{"role": message["role"], "content": message["content"]} for message in asked],
                 "ability": "math",
                 "reward_model": {"style": "rule", "ground_truth": answer},
-                "extra_info": {"split": split, "index": len(rows), "question": question},
+                "extra_info": {"split": split, "index": len(rows)} | columns | {"question": question},
             }
             rows.append(row)
     return rows
