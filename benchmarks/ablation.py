@@ -6,8 +6,8 @@
 The paper's six come first: naive GRPO, and on top of it one idea after the other. KL_COEF is 0 in all of them, because
 no line of that table is about it; grpo.py, which has it, is a setting of its own. Then come DAPO as dapo.py has it,
 which, like the authors' own scripts, does without overlong filtering, and the same with one idea taken out at a time;
-last, grpo.py and dapo.py at other learning rates. The algorithms in siblings/ are run only if they are named, as
-docs/siblings.md does.
+last, grpo.py and dapo.py at other learning rates. The algorithms in siblings/, and DAPO with LoRA, are run only if
+they are named, as docs/siblings.md and docs/lora.md do.
 
 The constants of dapo.py were chosen on seeds 0 to 4. FRESH settings are run on seeds 5 to 9 too, by which nothing was
 chosen, and have lines of their own in the table.
@@ -72,6 +72,10 @@ SIBLINGS = {
     "gspo, clip 0.97 to 1.04": ("-m siblings.gspo", {"CLIP_RANGE_LOW": 0.03, "CLIP_RANGE_HIGH": 0.04}),
     "gspo, four updates": ("-m siblings.gspo", {"MINI_BATCHES": 4, "DAPO_EPOCHS": 1}),
 }
+LORA = {
+    f"LoRA, rank {rank}, learning rate {rate}": ("dapo.py", {"LORA_RANK": rank, "LEARNING_RATE": rate})
+    for rank, rate in [(1, "2e-4"), (4, "2e-4"), (16, "2e-4"), (64, "2e-4"), (16, "2e-5"), (16, "1e-3")]
+}
 PAPER = dict(zip(LADDER, ["30", "36", "38", "41", "42", "50"]))  # AIME 2024, avg@32, Qwen2.5-32B
 
 
@@ -88,7 +92,7 @@ def all_settings():
     for rate in RATES:
         settings[f"grpo.py, learning rate {rate}"] = "grpo.py", {"LEARNING_RATE": rate}
     settings[f"dapo, learning rate {RATES[-1]}"] = "dapo.py", {"LEARNING_RATE": RATES[-1]}
-    return settings | SIBLINGS
+    return settings | SIBLINGS | LORA
 
 
 def folder_of(setting, seed):
@@ -261,7 +265,7 @@ def main():
     parser.add_argument("--seeds", type=int, choices=range(1, SEEDS + 1), default=SEEDS)
     cores = range(1, os.cpu_count() + 1)
     parser.add_argument("--jobs", type=int, choices=cores, default=cores[-1], help="runs at a time, a core for each")
-    usual = [name for name in settings if name not in SIBLINGS]
+    usual = [name for name in settings if name not in SIBLINGS | LORA]
     parser.add_argument("--settings", nargs="+", choices=settings, default=usual, metavar="NAME")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are stopped too

@@ -233,6 +233,25 @@ def test_chat_asks_as_training_does(talk, make_folder, monkeypatch):
     assert "boxed" in tokenizer.decode(ids[0]) and settings["top_k"] == 0 and settings["do_sample"]
 
 
+def test_chat_is_greedy_at_temperature_0(talk, make_folder, tmp_path, capsys):
+    """As an evaluation is; but nothing else takes that temperature, neither before nor afterward."""
+    run = a_run(tmp_path / "run", ("step_2", make_folder()))
+    questions = [f"Tom has {n} apples." for n in range(10, 20)]
+    said = talk("\n".join(questions), run, "--TEMPERATURE=0")
+    model, tokenizer = load(run / "step_2")
+    prompts = [dapo.read_prompt(tokenizer, [{"role": "user", "content": text}])[1] for text in questions]
+    tokens = dapo.sample_tokens(model, list(map(torch.tensor, prompts)), greedy=True, limit=32)
+    with contextlib.closing(sqlite3.connect(run / "run.db")) as db:
+        kept = [text for (text,) in db.execute("SELECT response FROM chat")]
+    assert kept == tokenizer.batch_decode(tokens, skip_special_tokens=True) and len(set(kept)) > 5
+    assert all(f"; {len(ids)} tokens" in line for ids, line in zip(tokens, said.split("[answer: ")[1:], strict=True))
+    assert ", greedy; " in said and "TEMPERATURE" not in said
+    for program, value in ((chat, "-0.1"), (chat, "1e999"), (evaluate, "0"), (dapo, "0")):
+        with pytest.raises(SystemExit) as end:
+            program.main([f"--TEMPERATURE={value}"])
+        assert end.value.code == 2 and "TEMPERATURE" in (said := capsys.readouterr().err) and "out of range" in said
+
+
 def test_chat_goes_on_whatever_is_typed_and_wherever_it_cannot_be_kept(talk, make_folder, tmp_path):
     run = a_run(tmp_path / "run", ("step_2", make_folder()))
     said = talk("Tom has 12 apples. ".encode() * 20 + b"\nabc \xff\xfe def\n", run, "--MAX_PROMPT_LENGTH=60")

@@ -1,8 +1,10 @@
-"""tools.mirror: TensorBoard and W&B get the metrics of run.db, each once, while a run goes on or afterwards."""
+"""tools.mirror: TensorBoard and W&B get the metrics of run.db, each once, while a run goes on or afterward. W&B gets
+them in one W&B run, however often the mirror or the training is interrupted, and with them a table of responses."""
 
 import contextlib
 import json
 import math
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,36 +36,100 @@ def recorded(folder):
         return {(step, name): value for step, name, value in db.execute("SELECT step, name, value FROM metrics")}
 
 
-def logged(run):
-    """What a run of W&B got. It takes no step back, and here no value twice."""
-    values = [((step, name), value) for step, metrics in run.logged for name, value in metrics.items()]
-    steps = [step for step, _ in run.logged]
-    assert steps == sorted(steps) and len(values) == len(dict(values))
+def logged(rows):
+    """What W&B has of a run, {(step, name): value}, given its rows; no value twice, and a table is none."""
+    parts = [{**metrics, "held_out": None} for _, metrics in sorted(rows.items())]
+    values = [((part["step"], name), part[name]) for part in parts for name in part if name not in ("step", "held_out")]
+    assert len(values) == len(dict(values))
     return dict(values)
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: what is not uploaded yet is lost."""
+
+
+class Session:
+    """A run of W&B, from init to finish. A row is uploaded once a later one begins; one below the last is ignored."""
+
+    def __init__(self, server, id, resume, offline, options):
+        self.server, self.options, self.finished, self.ignored = server, options | {"resume": resume}, False, []
+        self.id = id or f"id{len(server.sessions)}"
+        self.rows = {} if offline else server.runs.setdefault(self.id, {})
+        if not offline and resume is None:
+            self.rows.clear()
+        self.starting_step = max(self.rows, default=-1) + 1
+        self.current, self.pending, self.axes = self.starting_step, {}, {}
+        server.sessions.append(self)
+
+    def define_metric(self, name, step_metric=None, hidden=None):
+        self.axes[name] = step_metric
+
+    def log(self, metrics, step):
+        if self.server.kill_after == 0:
+            raise Killed
+        self.server.kill_after -= 1
+        if step < self.current:
+            self.ignored.append((step, metrics))
+            return
+        if step > self.current:
+            self.upload()
+        self.current = step
+        self.pending |= metrics
+
+    def upload(self):
+        if self.pending:
+            self.rows[self.current] = self.pending
+        self.pending = {}
+
+    def finish(self):
+        if self.server.kill_after != 0:
+            self.upload()
+            self.finished = True
+
+
+class Server:
+    """In the place of W&B, which tests must not reach: {id: {row: metrics}} of its runs, and the sessions begun."""
+
+    def __init__(self):
+        self.runs, self.sessions, self.mode, self.kill_after = {}, [], "online", -1
+
+    def init(self, id, resume, **options):
+        return Session(self, id, resume, self.mode == "offline", options)
+
+    def setup(self):
+        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+
+    def sync(self, session):
+        """`wandb sync` with the folder of an offline session: what has not resumed takes the place of what there is."""
+        before = self.runs.get(session.id, {}) if session.options["resume"] else {}
+        shift = max(before, default=-1) + 1
+        self.runs[session.id] = before | {row + shift: metrics for row, metrics in session.rows.items()}
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """In the place of W&B, which tests must not reach: the runs begun, each with what was logged, in order."""
-    runs = []
+    server = Server()
+    table = lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=server.init, setup=server.setup, Table=table))
+    return server
 
-    def init(**options):
-        run = SimpleNamespace(options=options, logged=[], finished=False)
-        run.log = lambda metrics, step: run.logged.append((step, dict(metrics)))
-        run.finish = lambda: setattr(run, "finished", True)
-        runs.append(run)
-        return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    return runs
+def the_one(server):
+    """The rows of the only run that W&B has; none of what it was sent was ignored."""
+    assert not any(session.ignored for session in server.sessions)
+    (rows,) = server.runs.values()
+    return rows
 
 
 def write(folder, step, *names):
     """Adds metrics of a step to the run.db in a folder, as a run does; their values do not matter."""
     folder.mkdir(exist_ok=True)
     with contextlib.closing(sqlite3.connect(folder / "run.db")) as db, db:
+        db.execute("PRAGMA synchronous = OFF")
         db.execute("CREATE TABLE IF NOT EXISTS metrics (step INTEGER, name TEXT, value REAL, PRIMARY KEY (step, name))")
-        db.executemany("INSERT INTO metrics VALUES (?, ?, ?)", [(step, name, step + len(name)) for name in names])
+        db.executemany(
+            "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?)", [(step, name, step + len(name)) for name in names]
+        )
 
 
 def forget(folder, step):
@@ -75,24 +141,124 @@ def forget(folder, step):
 def test_wandb_gets_what_run_db_has(main, settings, wandb, tmp_path):
     main([*settings, "--LEARNING_RATE=1e-3"])
     mirror.main([str(tmp_path / "run"), "wandb"])
-    (run,) = wandb
-    assert logged(run) == recorded(tmp_path / "run") and {step for step, _ in run.logged} == {0, 1, 2}
+    (run,) = wandb.sessions
+    assert logged(the_one(wandb)) == recorded(tmp_path / "run")
+    assert {metrics["step"] for metrics in the_one(wandb).values()} == {0, 1, 2}
     assert run.finished and run.options["name"] == "run" and run.options["config"].keys() == dapo.CONSTANTS.keys()
     assert run.options["config"]["LEARNING_RATE"] == 1e-3 and run.options["config"]["TRAIN_DATASETS"][0]["path"]
+    assert run.axes == {"step": None, "*": "step"}
 
 
 def test_a_resumed_run_is_whole_there(main, settings, wandb, tmp_path, monkeypatch):
+    """It stopped after step 2, before the evaluation there."""
     real = dapo.train_step
     calls = iter([real, lambda *args: signal.raise_signal(signal.SIGTERM) or real(*args), real])
     monkeypatch.setattr(dapo, "train_step", lambda *args: next(calls)(*args))
     with pytest.raises(SystemExit):
         main([*settings, "--NUM_STEPS=3"])
     mirror.main([str(tmp_path / "run"), "wandb"])
+    assert (2, "accuracy") in logged(the_one(wandb)) and (2, "eval/accuracy") not in logged(the_one(wandb))
     main([*settings, "--NUM_STEPS=3"])
     mirror.main([str(tmp_path / "run"), "wandb"])
-    broken, whole = wandb
-    assert broken.finished and max(step for step, _ in broken.logged) == 2
-    assert logged(whole) == recorded(tmp_path / "run") and {step for step, _ in whole.logged} == {0, 1, 2, 3}
+    assert logged(the_one(wandb)) == recorded(tmp_path / "run") and len(wandb.sessions) == 2
+    assert {metrics["step"] for metrics in the_one(wandb).values()} == {0, 1, 2, 3}
+
+
+PIECES = [(0, "eval/accuracy"), (1, "accuracy", "kl"), (1, "eval/accuracy", "sampling_gap/max"), (2, "accuracy")]
+PIECES += [(3, "accuracy"), (3, "eval/accuracy"), (4, "accuracy", "kl"), (5, "accuracy"), (5, "eval/accuracy")]
+
+
+@pytest.mark.parametrize("first", range(len(PIECES) + 1))
+def test_wandb_goes_on_wherever_it_was_interrupted(first, wandb, tmp_path):
+    """After so many pieces of a run, the mirror ends, or it is killed before one of its calls."""
+    for place, kill_after in enumerate(range(-1, first)):
+        run = tmp_path / f"run{place}"
+        wandb.runs.clear()
+        wandb.kill_after = kill_after
+        for piece in PIECES[:first]:
+            write(run, *piece)
+        with contextlib.suppress(Killed, SystemExit):
+            mirror.main([str(run), "wandb"])
+        wandb.kill_after = -1
+        for piece in PIECES[first:]:
+            write(run, *piece)
+        for _ in range(2):
+            mirror.main([str(run), "wandb"])
+            assert logged(the_one(wandb)) == recorded(run)
+
+
+def test_wandb_gets_the_steps_once_that_a_killed_run_computes_again(wandb, tmp_path):
+    run = tmp_path / "run"
+    for last in (0, 2, -1):  # the checkpoint that it is resumed from, after it was killed in step 5
+        for piece in PIECES[:7]:
+            write(run, *piece)
+        mirror.main([str(run), "wandb"])
+        assert logged(the_one(wandb)) == recorded(run)
+        forget(run, last)
+        for piece in [piece for piece in PIECES if last < piece[0] < 4]:
+            mirror.main([str(run), "wandb"])
+            write(run, *piece)
+    for piece in PIECES:
+        write(run, *piece)
+    mirror.main([str(run), "wandb"])
+    assert logged(the_one(wandb)) == recorded(run) and len(wandb.sessions) > 15
+
+
+def test_which_run_of_wandb_a_run_goes_to(wandb, tmp_path):
+    """Its own, also once it is renamed; the next run in its folder gets another, and so does a run without the id."""
+    run, aside = tmp_path / "run", tmp_path / "run_1"
+    write(run, 1, "accuracy")
+    mirror.main([str(run), "wandb"])
+    run.rename(aside)
+    (aside / "wandb/run_id").write_text(f"{wandb.sessions[0].id}\n")  # an editor adds the end of the line
+    write(run, 1, "accuracy", "kl")
+    write(aside, 2, "accuracy")
+    for folder in (run, aside):
+        mirror.main([str(folder), "wandb"])
+    assert [logged(rows) for rows in wandb.runs.values()] == [recorded(aside), recorded(run)]
+    (run / "wandb/run_id").write_text("")  # the disk was full
+    mirror.main([str(run), "wandb"])
+    shutil.rmtree(run / "wandb")
+    mirror.main([str(run), "wandb"])
+    assert [logged(rows) for rows in wandb.runs.values()] == [recorded(aside)] + 3 * [recorded(run)]
+
+
+def test_offline_copies_take_the_place_of_earlier_ones(wandb, tmp_path):
+    """In whatever order and however often they are uploaded before the last; and online it goes on from there."""
+    run = tmp_path / "run"
+    wandb.mode = "offline"
+    for piece in PIECES[:5]:
+        write(run, *piece)
+        mirror.main([str(run), "wandb"])
+    *earlier, last = wandb.sessions
+    assert not wandb.runs and logged(last.rows) == recorded(run)
+    for session in (earlier[1], earlier[0], earlier[3], last, last):
+        wandb.sync(session)
+    assert logged(the_one(wandb)) == recorded(run)
+    wandb.mode = "online"
+    for piece in PIECES[5:]:
+        write(run, *piece)
+    mirror.main([str(run), "wandb"])
+    assert logged(the_one(wandb)) == recorded(run)
+
+
+def test_wandb_gets_a_table_of_responses_at_each_evaluation(main, settings, wandb, tmp_path, monkeypatch):
+    """Of the same questions each time; and it is not sent again."""
+    monkeypatch.setattr(mirror, "QUESTIONS", 3)
+    main([*settings, "--NUM_STEPS=3", "--EVAL_EVERY=2", "--LEARNING_RATE=0.01"])
+    for _ in range(2):
+        mirror.main([str(tmp_path / "run"), "wandb"])
+    tables = [metrics["held_out"] for metrics in the_one(wandb).values() if "held_out" in metrics]
+    assert [{row["step"] for row in table} for table in tables] == [{0}, {2}, {3}]
+    questions = [(f"Tom has {n} apples.", str(n)) for n in (10, 11, 12)]
+    assert all([(row["question"], row["answer"]) for row in table] == questions for table in tables)
+    with contextlib.closing(sqlite3.connect(tmp_path / "run/run.db")) as db:
+        db.row_factory = sqlite3.Row
+        greedy = {(row["step"], row["question"]): dict(row) for row in db.execute("SELECT * FROM held_out")}
+    for row in (row for table in tables for row in table):
+        assert row == {name: greedy[row["step"], row["question"]][name] for name in row} and len(row) == 8
+    assert len({row["response"] for table in tables for row in table}) > 3
+    assert not any("held_out" in metrics for metrics in the_one(wandb).values() if "accuracy" in metrics)
 
 
 def test_tensorboard_gets_what_run_db_has(tmp_path):
@@ -128,8 +294,8 @@ def test_it_follows_a_run_until_it_stops(wandb, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(mirror.time, "sleep", lambda seconds: next(happens)())
     mirror.main([str(run), "wandb", "--follow"])
-    assert next(happens, None) is None and logged(wandb[0]) == recorded(run) and wandb[0].finished
-    assert [step for step, _ in wandb[0].logged] == [0, 1, 1, 2, 3, 3, 4, 5]
+    assert next(happens, None) is None and logged(the_one(wandb)) == recorded(run) and wandb.sessions[0].finished
+    assert [metrics["step"] for metrics in the_one(wandb).values()] == [0, 1, 1, 2, 3, 3, 4, 5]
 
 
 def test_ctrl_c_ends_it(wandb, monkeypatch, tmp_path):
@@ -137,7 +303,7 @@ def test_ctrl_c_ends_it(wandb, monkeypatch, tmp_path):
     monkeypatch.setattr(mirror.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
     with FileLock(tmp_path / ".run.lock"):
         mirror.main([str(tmp_path / "run"), "wandb", "--follow"])
-    assert wandb[0].finished and logged(wandb[0]) == recorded(tmp_path / "run")
+    assert wandb.sessions[0].finished and logged(the_one(wandb)) == recorded(tmp_path / "run")
 
 
 def test_it_sees_that_dapo_is_training(main, settings, monkeypatch, tmp_path):
@@ -155,9 +321,10 @@ def test_a_run_without_constants_and_with_what_is_not_a_number(wandb, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mine/run.db")) as db, db:
         db.execute("INSERT INTO metrics VALUES (1, 'entropy', ?)", [math.nan])
     mirror.main([str(tmp_path / "mine"), "wandb"])
-    ((step, metrics),) = wandb[0].logged
-    assert step == 1 and metrics["accuracy"] == 9 and math.isnan(metrics["entropy"])
-    assert wandb[0].options["config"] == {}
+    (metrics,) = the_one(wandb).values()
+    assert metrics.keys() == {"step", "accuracy", "entropy"}
+    assert metrics["step"] == 1 and metrics["accuracy"] == 9 and math.isnan(metrics["entropy"])
+    assert wandb.sessions[0].options["config"] == {}
 
 
 def stop_of(capsys, *arguments):
@@ -179,7 +346,16 @@ def test_other_arguments_and_folders(wandb, tmp_path, capsys):
     for arguments in ([], ["run"], ["run", "mlflow"], ["run", "wandb", "--folow"], ["run", "other", "wandb"]):
         assert "usage: python -m tools.mirror FOLDER" in stop_of(capsys, *arguments)
     assert "there is no run in" in stop_of(capsys, tmp_path / "run", "wandb")
-    assert not wandb
+    assert not wandb.sessions
+    write(tmp_path / "run", 1, "accuracy")
+    (tmp_path / "run/wandb").mkdir()
+    with FileLock(tmp_path / "run/wandb/lock"):
+        assert "another process is copying the run in" in stop_of(capsys, tmp_path / "run", "wandb")
+    (tmp_path / "run/wandb/lock").unlink(missing_ok=True)
+    (tmp_path / "run/wandb").rmdir()
+    (tmp_path / "run/wandb").touch()
+    assert "wandb cannot be written to: " in stop_of(capsys, tmp_path / "run", "wandb")
+    assert not wandb.sessions
 
 
 def test_it_takes_no_torch(tmp_path):
@@ -187,14 +363,16 @@ def test_it_takes_no_torch(tmp_path):
     program = f"""
 import sys
 from types import SimpleNamespace
-run = SimpleNamespace(log=print, finish=lambda: None)
-sys.modules["wandb"] = SimpleNamespace(init=lambda **options: run)
+run = SimpleNamespace(finish=lambda: None, define_metric=lambda *args, **options: None)
+run.id, run.starting_step, run.log = "one", 0, lambda metrics, step: print(metrics, step)
+setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode="online"))
+sys.modules["wandb"] = SimpleNamespace(init=lambda **options: run, setup=setup)
 from tools import mirror
 mirror.main([{str(tmp_path / "run")!r}, "wandb"])
 print(sorted({{"torch", "transformers", "dapo", "matplotlib"}} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["{'accuracy': 9.0} 1", "[]"]
+    assert done.stdout.splitlines() == ["{'step': 1, 'accuracy': 9.0} 2", "[]"]
 
 
 @pytest.mark.parametrize("what", ["init", "log", "finish"])
@@ -210,11 +388,11 @@ def test_a_library_that_fails(what, wandb, monkeypatch, tmp_path, capsys):
     def failing(**options):
         run = init(**options)
         real = run.log
-        run.log = lambda metrics, step: lost() if what == "log" and step == 1 else real(metrics, step)
+        run.log = lambda metrics, step: lost() if what == "log" and step == 2 else real(metrics, step)
         run.finish = lost if what == "finish" else run.finish
         return run
 
     monkeypatch.setattr(sys.modules["wandb"], "init", lost if what == "init" else failing)
     assert "wandb cannot be written to: connection lost" in stop_of(capsys, tmp_path / "run", "wandb")
     if what == "log":
-        assert wandb[0].finished and [step for step, _ in wandb[0].logged] == [0]
+        assert wandb.sessions[0].finished and [metrics["step"] for metrics in the_one(wandb).values()] == [0]

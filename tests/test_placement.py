@@ -5,7 +5,7 @@ would. fake_cuda.cpp lets them be on a GPU that is not there, in a process of it
 What this cannot see: kernels, memory, speed, random numbers, and all but one way through a branch on data.
 """
 
-import importlib
+import importlib.util
 import itertools
 import json
 import shutil
@@ -139,7 +139,8 @@ def look(name, tensors, dtype):
 
 
 def examine(dapo, folder, fake):
-    """Evaluates and trains; then resumes with GRADIENT_CHECKPOINTING, and trains with all terms of the loss."""
+    """Evaluates and trains; then resumes with GRADIENT_CHECKPOINTING, and trains with all terms of the loss; then, if
+    peft is there, the same with adapters."""
     vars(dapo).update(
         DEVICE="cuda", REWARD=lambda solution_str, **others: 1.0, USE_DYNAMIC_SAMPLING=False, BATCH_SIZE=2,
         GROUP_SIZE=2, MINI_BATCHES=1, DAPO_EPOCHS=1, MAX_RESPONSE_LENGTH=2, OVERLONG_BUFFER_LENGTH=1, DECODE_STAGE=1,
@@ -167,6 +168,20 @@ def examine(dapo, folder, fake):
     with fake:
         assert not dapo.Run.restore(run, f"{folder}/checkpoint.pt")
         dapo.train_step(resumed, model, tokenizer, optimizer, iter(questions), 2)
+    if importlib.util.find_spec("peft"):
+        move, transformers.PreTrainedModel.to = transformers.PreTrainedModel.to, lambda model, device: model
+        model, tokenizer, _ = load(LORA_RANK=2)
+        dapo.add_adapters(model)  # before it is moved: peft could not move an adapter to a GPU that is not there
+        transformers.PreTrainedModel.to = move
+        model.to("cuda")
+        with fake:
+            optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+            optimizer.register_step_post_hook(look_at_optimizer)
+            dapo.train_step(model, None, tokenizer, optimizer, iter(questions), 1)
+        trained = [weights for weights in model.parameters() if weights.requires_grad]
+        look("base weights", [weights for weights in model.parameters() if not weights.requires_grad], torch.bfloat16)
+        assert trained and optimizer.state.keys() == {*trained}
+        dapo.LORA_RANK = 0
 
 
 def look_at_optimizer(optimizer, *_):

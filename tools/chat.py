@@ -3,6 +3,7 @@
     python -m tools.chat [recipe.py] [MODEL_OR_RUN_FOLDER] [--NAME=VALUE ...]
 
     python -m tools.chat outputs/dapo --TEMPERATURE=0.7
+    python -m tools.chat outputs/dapo --TEMPERATURE=0      the likeliest token each time: greedy, as in an evaluation
 
 The folder of a run stands for the model that it saved last; without a folder, MODEL answers. The conversation is
 saved in the table `chat` of the run's run.db.
@@ -36,12 +37,21 @@ def main(argv=None):
         dapo.say(__doc__)
         return
     try:
-        first, *others = dapo.read_command_line(words) or [dapo.MODEL]
+        first, *others = read_command_line(words) or [dapo.MODEL]
         if others:
             dapo.fail(f"one model answers at a time, not also {', '.join(others)}")
         chat(model_in(first))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def read_command_line(words):
+    """As dapo.read_command_line, but TEMPERATURE may be 0: training cannot sample greedily, and a chat can."""
+    rules, dapo.RULES = dapo.RULES, dapo.RULES | {"TEMPERATURE": "0 <= TEMPERATURE < math.inf"}
+    try:
+        return dapo.read_command_line(words)
+    finally:
+        dapo.RULES = rules
 
 
 def chat(path):
@@ -51,10 +61,11 @@ def chat(path):
         stream.reconfigure(errors="replace")
     model, tokenizer = dapo.load_model(path)
     limit, temperature = dapo.MAX_RESPONSE_LENGTH, dapo.TEMPERATURE
-    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": limit}
+    method = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
     history = next((place / "run.db" for place in Path(path).parents if (place / "run.db").exists()), None)
-    dapo.say(f"{path}, at most {limit} tokens, at TEMPERATURE={temperature}; Ctrl-D ends it")
+    how = f"at TEMPERATURE={temperature}" if temperature else "greedy"
+    dapo.say(f"{path}, at most {limit} tokens, {how}; Ctrl-D ends it")
     dapo.say(f"this conversation is saved in {history}" if history else "it is not saved: the model is not a run's")
     for question in questions_typed():
         _, ids = dapo.read_prompt(tokenizer, [{"role": "user", "content": question}])
@@ -63,7 +74,8 @@ def chat(path):
             dapo.say(f"[too long: {ids.shape[1]} tokens, but MAX_PROMPT_LENGTH is {dapo.MAX_PROMPT_LENGTH}]")
             continue
         with dapo.autocast(model):
-            response = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+            mask = torch.ones_like(ids)
+            response = model.generate(ids, attention_mask=mask, streamer=streamer, max_new_tokens=limit, **method)
         response = response[0, ids.shape[1] :]
         text = tokenizer.decode(response, skip_special_tokens=True)
         answer, ended = extract_answer(text), response[-1].item() in model.generation_config.eos_token_id

@@ -3,9 +3,10 @@
     python -m tools.mirror outputs/dapo tensorboard        then: tensorboard --logdir outputs/dapo/tensorboard
     python -m tools.mirror outputs/dapo wandb --follow     continues until the run stops, or Ctrl-C
 
-It reads run.db and nothing else, so a run does not notice it. Each time, it copies the whole run: into the folder
-tensorboard in the run's folder, in place of an earlier copy, or into a new W&B run, which gets the run's constants as
-its config.
+It reads run.db and nothing else, so a run does not notice it. TensorBoard's files are in the folder tensorboard in the
+run's folder, and each copy takes the place of an earlier one. In W&B, a run is one W&B run, whose id is in wandb/run_id
+in the run's folder: each time, it gets what it lacks. It has the run's constants as its config and, from each
+evaluation, a table of greedy responses.
 """
 
 import ast
@@ -21,6 +22,7 @@ from filelock import FileLock, Timeout
 from tools.curves import fail, read_metrics
 
 SECONDS = 2.0  # between two looks at run.db
+QUESTIONS = 10  # held-out questions in W&B's tables
 
 
 def main(argv=None):
@@ -36,6 +38,8 @@ def main(argv=None):
     try:
         with MIRRORS[library](folder) as write, contextlib.suppress(KeyboardInterrupt):
             copy(folder, write, follow="--follow" in words)
+    except Timeout:
+        fail(f"another process is copying the run in {folder} to {library}")
     except ImportError as error:
         fail(f"{library} is not installed: pip install {library} ({error})")
     except Exception as error:  # whatever a library raises without an account, a network, or room on the disk
@@ -88,13 +92,38 @@ def tensorboard(folder):
 
 @contextlib.contextmanager
 def wandb(folder):
+    """W&B ignores a row whose number is below its last one. So rows have the same numbers each time: 2·step for the
+    training of a step, and the next for the evaluation after it, which may come much later, in a run that is resumed.
+
+    Online, we begin at the row after W&B's last one. Offline, nobody knows that one: each copy holds the whole run and,
+    since it does not resume, takes the place of an earlier one when it is uploaded.
+    """
     import wandb
 
-    run = wandb.init(project="dapo", name=folder.absolute().name, dir=folder, config=constants(folder))
-    try:
-        yield run.log
-    finally:
-        run.finish()
+    place = folder / "wandb" / "run_id"
+    place.parent.mkdir(exist_ok=True)
+    with FileLock(place.with_name("lock"), timeout=0):
+        known = place.read_text().strip() if place.exists() else ""
+        which = {"id": known or None, "resume": None if wandb.setup().settings.mode == "offline" else "allow"}
+        run = wandb.init(project="dapo", name=folder.absolute().name, dir=folder, config=constants(folder), **which)
+        try:
+            if not known:
+                place.write_text(run.id)
+            run.define_metric("step", hidden=True)
+            run.define_metric("*", step_metric="step")
+
+            def write(metrics, step):
+                evaluation = {name: metrics[name] for name in metrics if name.startswith(("eval/", "sampling_gap"))}
+                training = {name: metrics[name] for name in metrics if name not in evaluation}
+                if evaluation and (responses := held_out(folder, step)):
+                    evaluation["held_out"] = wandb.Table(SHOWN.split(", "), responses)
+                for row, part in ((2 * step, training), (2 * step + 1, evaluation)):
+                    if part and row >= run.starting_step:
+                        run.log({"step": step} | part, step=row)
+
+            yield write
+        finally:
+            run.finish()
 
 
 MIRRORS = {"tensorboard": tensorboard, "wandb": wandb}
@@ -102,10 +131,23 @@ MIRRORS = {"tensorboard": tensorboard, "wandb": wandb}
 
 def constants(folder):
     """{name: value} of the constants that were in force last; empty if the run's trainer does not record them."""
+    rows = select(folder, "SELECT name, value FROM constants ORDER BY step")
+    return {name: ast.literal_eval(value) for name, value in rows if name.isupper()}
+
+
+SHOWN = "step, question, answer, response, prediction, accuracy, reward, length"
+
+
+def held_out(folder, step):
+    """Rows of SHOWN: greedy responses, to the same questions at each evaluation; none if they are not recorded."""
+    return select(folder, f"SELECT {SHOWN} FROM held_out WHERE step = {step} AND number < {QUESTIONS} ORDER BY number")
+
+
+def select(folder, query):
+    """The rows that a query finds in run.db; none if it lacks such a table."""
     with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(folder / "run.db")) as db:
-        rows = db.execute("SELECT name, value FROM constants ORDER BY step")
-        return {name: ast.literal_eval(value) for name, value in rows if name.isupper()}
-    return {}
+        return db.execute(query).fetchall()
+    return []
 
 
 if __name__ == "__main__":
