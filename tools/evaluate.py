@@ -13,7 +13,13 @@ greedy response to each question; those with @ are of EVAL_SAMPLES = k responses
     pass@j    the probability that at least one of j responses is right, estimated from all choices of j among the k
     maj@k     the share of questions whose most frequent answer is right
 
-The change is that from the first to the last model, ± its standard error. Then follow the worst questions.
+The change is that from the first to the last model, ± its standard error. Then follow the worst questions and, if
+EVAL_SAMPLES is above 1, a histogram: how many questions the last model gets right how often.
+
+    python -m tools.evaluate toy --EVAL_SAMPLES=16 --KEEP_IN=outputs/medium.parquet
+
+also writes those of which PASS_RATE_LOW=0.1 to PASS_RATE_HIGH=0.9 of the samples are right to a parquet file, which
+TRAIN_DATASETS can name. These three constants are for this program alone.
 """
 
 import ast
@@ -30,6 +36,7 @@ import torch
 import transformers
 
 from reward import as_number, extract_answer, plain
+from tools import difficulty
 
 WORST = 10  # questions shown
 
@@ -40,9 +47,16 @@ def main(argv=None):
         dapo.say(__doc__)
         return
     try:
-        paths = [model_in(path) for path in dapo.read_command_line(words) or [dapo.MODEL]]
+        paths = [model_in(path) for path in difficulty.read_command_line(words) or [dapo.MODEL]]
+        if dapo.KEEP_IN:
+            difficulty.check_file()
         asked = [questions_for(path) for path in paths]  # for all models, before the first takes its time
-        dapo.say(report({path: sample(path, questions) for path, questions in zip(paths, asked)}))
+        rows = difficulty.rows_of(asked[-1], paths[-1]) if dapo.KEEP_IN else {}
+        results = {path: sample(path, questions) for path, questions in zip(paths, asked)}
+        dapo.say(report(results))
+        if sampled := results[paths[-1]][1]:
+            dapo.say(difficulty.describe(paths[-1], sampled))
+            difficulty.keep(sampled, rows)
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError:
@@ -63,7 +77,7 @@ def note_changes(path):
     """Says which constants that decide what a model is asked, and how it answers, were others when it was trained."""
     recipe = Path(path, "constants.py")
     then = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
-    for name in ("PROMPT_TEMPLATE", "MAX_RESPONSE_LENGTH", "TEMPERATURE"):
+    for name in ("PROMPT_TEMPLATE", "CHAT_TEMPLATE_KWARGS", "MAX_RESPONSE_LENGTH", "TEMPERATURE"):
         with contextlib.suppress(SyntaxError, ValueError, TypeError):  # edited since: not there, or not a literal
             value, now = ast.literal_eval(re.search(rf"^{name} = (.*)", then, re.MULTILINE)[1]), getattr(dapo, name)
             if value != now:
