@@ -45,6 +45,7 @@ import logging
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -778,7 +779,7 @@ def chat_messages(question):
 
 def read_prompt(tokenizer, messages):
     """Chat messages → what the model reads, as text and as token ids: without a chat template, the last message."""
-    if unknown := [name for name in CHAT_TEMPLATE_KWARGS if str(name) not in str(tokenizer.chat_template)]:
+    if unknown := [key for key in CHAT_TEMPLATE_KWARGS if key not in re.findall(r"\w+", str(tokenizer.chat_template))]:
         fail(f"{CHAT_TEMPLATE_KWARGS=}: the chat template of MODEL={MODEL} has no switch {unknown[0]}")
     text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
     if not tokenizer.chat_template:

@@ -14,8 +14,8 @@ chosen, and have lines of their own in the table.
 
 Each run is dapo.py in a process of its own, on one thread, as many at a time as there are cores. A finished run is not
 repeated and an interrupted one is resumed, so you can stop and start this script at will. Everything is in
-outputs/ablation: a folder and a log for each run, the table in ablation.md, and the pictures ablation.png and
-siblings.png.
+outputs/ablation: a folder and a log for each run, the table in ablation.md, and the pictures ablation.png,
+siblings.png, and lora.png.
 """
 
 import argparse
@@ -249,14 +249,14 @@ def draw(runs):
     figure.savefig(FOLDER / "ablation.png", dpi=160)
 
 
-def draw_siblings(runs):
-    """The siblings beside GRPO and DAPO, as many as there are colors, as tools.plot compares runs; but not by time, as
-    they may have run at different times, on a machine that was busy at some of them."""
-    if not SIBLINGS.keys() & runs.keys():
+def draw_beside(runs, usual, named, picture):
+    """Named settings beside the usual ones, as many as there are colors, as tools.plot compares runs; but not by time,
+    as they may have run at different times, on a machine that was busy at some of them."""
+    if not named.keys() & runs.keys():
         return
-    names = [name for name in ("grpo.py", "dapo", *SIBLINGS) if name in runs][: len(plot.picture.COLORS)]
+    names = [name for name in (*usual, *named) if name in runs][: len(plot.picture.COLORS)]
     untimed = {name: [run | {"minutes of training": ((), ())} for run in runs[name]] for name in names}
-    plot.comparison_figure(untimed).savefig(FOLDER / "siblings.png", dpi=160)
+    plot.comparison_figure(untimed).savefig(FOLDER / picture, dpi=160)
 
 
 def main():
@@ -275,7 +275,8 @@ def main():
         sys.exit(128 + signal.SIGINT)
     runs = finished_runs(settings)
     draw(runs)
-    draw_siblings(runs)
+    draw_beside(runs, ["grpo.py", "dapo"], SIBLINGS, "siblings.png")
+    draw_beside(runs, ["dapo"], LORA, "lora.png")
     (FOLDER / "ablation.md").write_text(table(runs), encoding="utf-8")
     print(table(runs))
 

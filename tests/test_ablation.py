@@ -124,7 +124,7 @@ def test_the_picture_of_the_siblings(folder, monkeypatch):
     """Beside GRPO and DAPO, those of them that have run, and without what a busy machine would change."""
     make_run("dapo", 0)
     runs = ablation.finished_runs(ablation.all_settings())
-    ablation.draw_siblings(runs)
+    ablation.draw_beside(runs, ["dapo"], ablation.SIBLINGS, "siblings.png")
     assert not (folder / "siblings.png").exists()  # no sibling has run
     for name in ("rloo", "gspo, clip 0.97 to 1.04", "dapo without clip-higher"):
         make_run(name, 0)
@@ -132,7 +132,8 @@ def test_the_picture_of_the_siblings(folder, monkeypatch):
     monkeypatch.setattr(
         ablation.Figure, "savefig", lambda self, *path, **how: (drawn.append(self), save(self, *path, **how))
     )
-    ablation.draw_siblings(ablation.finished_runs(ablation.all_settings()))
+    runs = ablation.finished_runs(ablation.all_settings())
+    ablation.draw_beside(runs, ["dapo"], ablation.SIBLINGS, "siblings.png")
     legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert legend == ["dapo", "rloo", "gspo, clip 0.97 to 1.04"]
     assert not [axes for axes in drawn[0].axes if "time" in axes.get_title()]

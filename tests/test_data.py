@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import io
 import itertools
 import json
 import os
@@ -9,8 +10,10 @@ import os
 import pyarrow.parquet
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationMixin
 
 import dapo
+from tools import chat, evaluate
 
 QUESTIONS = [f"Tom has {n} apples." for n in range(10, 20)]
 
@@ -179,6 +182,101 @@ def test_the_prompt_template_comes_around_the_question_and_into_the_chat_templat
     plain.chat_template = None
     assert dapo.read_prompt(plain, messages)[1] == tokenizer(asked)["input_ids"] != with_chat
     assert messages[2]["content"] == "Tom has {question} apples."
+
+
+THINKING = """{%- for message in messages %}
+    {{- '<|' + message.role + '|>' + message.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+{%- if style %}{{ style }}{% endif %}"""  # as Qwen3's
+
+
+@pytest.mark.parametrize("by_recipe", [True, False])
+@pytest.mark.parametrize(
+    "switches, end",
+    [
+        ({}, ""),
+        ({"enable_thinking": True}, ""),
+        ({"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+        ({"enable_thinking": False, "style": None}, "<think>\n\n</think>\n\n"),
+        ({"style": "in two lines"}, "in two lines"),
+    ],
+)
+def test_the_chat_templates_own_switches(switches, end, by_recipe, main, tokenizer, monkeypatch, tmp_path):
+    """Its values come from a recipe or the command line, true and false as such; with {} the prompt is as ever."""
+    (tmp_path / "mine.py").write_text(f"CHAT_TEMPLATE_KWARGS = {switches}")
+    monkeypatch.setattr(dapo, "train", lambda: None)
+    main([str(tmp_path / "mine.py") if by_recipe else f"--CHAT_TEMPLATE_KWARGS={switches}"])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = THINKING
+    text, ids = dapo.read_prompt(tokenizer, [{"role": "user", "content": "Tom has 10 apples."}])
+    assert text == f"<|user|>Tom has 10 apples.<|assistant|>{end}"
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert dapo.text_of(dapo.CHAT_TEMPLATE_KWARGS) == str(switches)  # as run.db and constants.py have it
+
+
+@pytest.fixture
+def thinker(make_folder):
+    """The folder of a model with that chat template."""
+    folder = make_folder()
+    (folder / "chat_template.jinja").write_text(THINKING)
+    return folder
+
+
+def test_switches_reach_training_evaluation_and_chat(
+    thinker, main, settings, set_reward, no_pictures, monkeypatch, capsys, tmp_path
+):
+    """What the model reads: in a run, whose reward is told the end of it, in tools.evaluate, and in tools.chat."""
+    words, ends, asked = ["--CHAT_TEMPLATE_KWARGS={'enable_thinking': False}", f"--MODEL={thinker}"], set(), []
+
+    def judge(extra_info, solution_str, **others):
+        ends.add(extra_info["prompt"][-30:])
+        return float(len(solution_str) % 2)
+
+    def sample(model, prompts, *others, real=dapo.sample_tokens, **settings):
+        asked.extend(prompts)
+        return real(model, prompts, *others, **settings)
+
+    set_reward(judge)
+    monkeypatch.setattr(dapo, "sample_tokens", sample)
+    main([*settings, *words, "--NUM_STEPS=1"])
+    run = str(tmp_path / "run")
+    evaluate.main([*settings, *words, run])
+    decode = AutoTokenizer.from_pretrained(run + "/step_1").decode
+    assert ends == {"<|assistant|><think>\n\n</think>\n\n"[-30:]} and len(asked) > 40
+    assert all(decode(prompt).endswith("apples.<|assistant|><think>\n\n</think>\n\n") for prompt in asked)
+
+    def generate(self, ids, **others):
+        asked.append(ids[0])
+        return torch.cat([ids, ids[:, :1]], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom has 5 pears.\n")))
+    chat.main([*settings, *words, run])
+    assert decode(asked[-1]) == "<|user|>Tom has 5 pears.<|assistant|><think>\n\n</think>\n\n"
+
+
+def test_other_switches_are_another_run(thinker, main, settings, chance, no_pictures, capsys, tmp_path):
+    words = [*settings, f"--MODEL={thinker}", "--NUM_STEPS=1"]
+    main([*words, "--CHAT_TEMPLATE_KWARGS={'enable_thinking': False}"])
+    main([*words, "--CHAT_TEMPLATE_KWARGS={'enable_thinking': True}", "--NUM_STEPS=2"])
+    said = capsys.readouterr().out
+    assert "CHAT_TEMPLATE_KWARGS was {'enable_thinking': False}, is now {'enable_thinking': True}" in said
+    assert "CHAT_TEMPLATE_KWARGS = {'enable_thinking': True}\n" in (tmp_path / "run/step_2/constants.py").read_text()
+
+
+def test_a_response_after_an_empty_thought_is_judged(thinker, set_constants):
+    """The prompt ends in </think>, so what follows it is no open thought."""
+    messages = [{"role": "user", "content": "1 + 1?"}]
+    set_constants(CHAT_TEMPLATE_KWARGS={"enable_thinking": False})
+    text, _ = dapo.read_prompt(AutoTokenizer.from_pretrained(thinker), messages)
+    assert text.endswith("<think>\n\n</think>\n\n")
+    assert dapo.compute_score("", "\\boxed{2}", "2", {"question": "1 + 1?", "prompt": text[-40:]})["acc"]
 
 
 @pytest.mark.parametrize("name, sign", [("boxed", "\\boxed{}"), ("answer", "Answer:")])

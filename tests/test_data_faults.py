@@ -154,6 +154,33 @@ def test_a_prompt_of_no_tokens_is_refused(template, main, settings, make_folder,
     assert "no tokens of a question" in stop_of(main, [*settings, f"--MODEL={folder}"], capsys)
 
 
+SWITCH = "{{ messages[0]['content'] }}{% if enable_thinking is false %}<think></think>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, switches, said",
+    [
+        (SWITCH, "{'enable_thinknig': False}", "has no switch enable_thinknig"),
+        (SWITCH, "{'thinking': False}", "has no switch thinking"),  # a part of its name
+        (SWITCH, "{'enable_thinkin': False}", "has no switch enable_thinkin"),
+        (SWITCH, "{'enable_thinking': False, 'ENABLE_THINKING': 0}", "has no switch ENABLE_THINKING"),
+        (SWITCH, "{1: False}", "has no switch 1"),
+        ("", "{'enable_thinking': False}", "has no switch enable_thinking"),
+        (SWITCH, "{'messages': []}", "multiple values for keyword argument 'messages'"),
+        (SWITCH, '{"enable_thinking": false}', "has to be of type dict, such as {}"),
+        (SWITCH, "enable_thinking=False", "has to be of type dict, such as {}"),
+    ],
+)
+def test_a_switch_that_the_chat_template_lacks_is_named(template, switches, said, main, settings, make_folder, capsys):
+    """Or it would be ignored, and a model would think where it should not."""
+    folder = make_folder()
+    (folder / "chat_template.jinja").write_text(template)
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    error = stop_of(main, [*settings, f"--MODEL={folder}", f"--CHAT_TEMPLATE_KWARGS={switches}"], capsys)
+    assert said in error and ("CHAT_TEMPLATE_KWARGS=" in error or "multiple" in error)
+
+
 def test_names_with_brackets_and_empty_shards(tmp_path):
     write(tmp_path / "a[1].parquet", q=["x"], a=["1"])
     write(tmp_path / "a1.parquet", q=["another"], a=["2"])

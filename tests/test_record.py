@@ -4,9 +4,11 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import sqlite3
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -193,6 +195,87 @@ def test_truncated_responses_count_in_the_mean_and_not_in_the_loss(main, setting
             if row["truncated"]:
                 assert row["advantage"] is row["tokens"] is row["ratios"] is None and row["kept"] == 0
     assert {"truncated", "trained"} == {row["fate"] for group in trained for row in group}
+
+
+# ---- The estimate of the time to the end -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that jumps: by 5 s in an evaluation, and by 20 s in a step. Its `said` is [(time, line)]."""
+    clock = SimpleNamespace(now=1000.0, evaluations=0, said=[])
+    clock.time = clock.perf_counter = lambda: clock.now
+
+    def shape(*parts, real=dapo.shape_rewards):  # the end of sampling
+        clock.now += 8
+        return real(*parts)
+
+    def update(*parts, real=dapo.update_policy):
+        clock.now += 12
+        return real(*parts)
+
+    def evaluate(*parts, real=dapo.evaluate):
+        clock.now, clock.evaluations = clock.now + 5, clock.evaluations + 1
+        return real(*parts)
+
+    monkeypatch.setattr(dapo, "time", clock)
+    monkeypatch.setattr(dapo, "shape_rewards", shape)
+    monkeypatch.setattr(dapo, "update_policy", update)
+    monkeypatch.setattr(dapo, "evaluate", evaluate)
+    monkeypatch.setattr(dapo, "say", lambda line: clock.said.append((clock.now, line)))
+    return clock
+
+
+def estimates(clock):
+    """[(when, seconds to the end)]"""
+    found = [
+        (now, re.search(r"step 1 took 20 s: about ([\d:]+) to the end, evaluations incl", line))
+        for now, line in clock.said
+    ]
+    return [
+        (now, sum(int(part) * 60**place for place, part in enumerate(reversed(line[1].split(":")))))
+        for now, line in found
+        if line
+    ]
+
+
+LENGTHS = {  # of the run: evaluations in it, the first and the last included
+    "--NUM_STEPS=1 --EVAL_EVERY=2": 2,
+    "--NUM_STEPS=4 --EVAL_EVERY=2": 3,  # the last one is due twice, and counts once
+    "--NUM_STEPS=5 --EVAL_EVERY=2": 4,
+    "--NUM_STEPS=3 --EVAL_EVERY=9": 2,  # more than there are steps
+    "--NUM_STEPS=None --NUM_EPOCHS=2 --EVAL_EVERY=3": 3,  # 2 epochs of 2 steps of 5 of the 10 questions
+    "--NUM_STEPS=None --NUM_EPOCHS=1 --EVAL_EVERY=1": 3,
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_estimate_is_what_it_takes(length, clock, main, settings, chance):
+    """If all steps take as long as the first one, and all evaluations, it is right to the second."""
+    words = ["--BATCH_SIZE=5", "--USE_DYNAMIC_SAMPLING=False", "--DAPO_EPOCHS=1", "--MINI_BATCHES=1"]
+    main([*settings, *words, *length.split()])
+    ((then, seconds),) = estimates(clock)
+    assert clock.now - then == seconds and clock.evaluations == LENGTHS[length]
+
+
+def test_a_run_that_stopped_before_its_first_step_is_estimated_anew(clock, main, settings, set_reward, tmp_path):
+    """And one that stopped later is not: its first step is over."""
+    words, asked = [*settings, "--NUM_STEPS=3", "--EVAL_EVERY=2", "--USE_DYNAMIC_SAMPLING=False"], []
+
+    def judge(solution_str, **others):
+        asked.append(solution_str)
+        return 1 / 0 if len(asked) in (12, 36) else len(asked) % 2
+
+    set_reward(judge)
+    for before in (0, 1):  # 10 verdicts on held-out questions, 6 on the responses of a step
+        with pytest.raises(dapo.RewardFault):
+            main(words)
+        assert len(estimates(clock)) == before
+        clock.now += 3600
+    main(words)
+    ((then, seconds),) = estimates(clock)
+    assert seconds == 2 * 20 + 2 * 5 and then == 1000 + 5 + 3600 + 5 + 20
+    assert sum("resuming the run" in line for _, line in clock.said) == 2
 
 
 # ---- Tokens: their probabilities and ratios -------------------------------------------------------------------------
