@@ -639,15 +639,15 @@ def load_model(path):
 
 
 def add_adapters(model):
-    """LoRA (arXiv 2106.09685): to what a linear layer gives, W x, adds LORA_ALPHA / LORA_RANK · B A x; the output layer
-    is left out. Only A and B are trained, in fp32. B begins at 0, and so the policy as the base model."""
+    """LoRA (arXiv 2106.09685): a linear layer gives W x + LORA_ALPHA / LORA_RANK · B A x. Only A and B are trained, in
+    fp32, and B begins at 0. Output layers have none; nor have experts, as peft would round what theirs learn."""
     set_seed("adapters")
     with explained(f"LORA_RANK={LORA_RANK} needs peft (pip install peft), and a MODEL that it can add to"):
         import peft
 
-        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        adapters = peft.get_peft_model(model, peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, **kind))
-    vars(model)["adapters"] = adapters  # as an attribute of its own, it would be a part of the model that contains it
+        layers = ".*attn.*_proj.*" if hasattr(model.config.get_text_config(), "num_experts_per_tok") else "all-linear"
+        kind = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, task_type="CAUSAL_LM")
+        vars(model)["adapters"] = peft.get_peft_model(model, kind)  # set as usual, it would be a part of its own part
 
 
 def merged_weights(model):
@@ -753,8 +753,7 @@ def arrow_rows(table, *paths):
     as_text = pyarrow.float32(), pyarrow.binary(), pyarrow.large_binary()
     names = table.schema.names
     fields = {path: pyarrow.dataset.field(path if path in names else tuple(path.split("."))) for path in paths}
-    if REWARD is not compute_score:
-        fields = {name: pyarrow.dataset.field(name) for name in names} | fields
+    fields = {name: pyarrow.dataset.field(name) for name in names if REWARD is not compute_score} | fields
     for batch in table.to_batches(columns=fields):
         columns = dict(zip(fields, batch.columns))
         columns |= {path: columns[path].cast(pyarrow.string()) for path in paths if columns[path].type in as_text}
@@ -1079,6 +1078,8 @@ class Run:
             self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model))
             if LORA_RANK:
                 self.model.adapters.save_pretrained(unfinished / "adapters", save_embedding_layers=False)
+                config = unfinished / "config.json"  # says in which type the weights are loaded
+                config.write_text(config.read_text("utf-8").replace('"bfloat16"', '"float32"'), "utf-8")
             for weights in unfinished.rglob("*.safetensors"):  # its library lets only their owner read them
                 shutil.copymode(unfinished / "config.json", weights)
             self.tokenizer.save_pretrained(unfinished)
@@ -1195,9 +1196,8 @@ def evaluate(model, tokenizer, questions):
     if EVAL_SAMPLES > 1:
         sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
         metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
-    longest = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]
-    verdict = "right" if longest.accuracy else "wrong"
-    say(f"  {shorten(longest.question.text)}\n    -> {shorten(longest.text)}  ({verdict})")
+    last = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]  # the longest
+    say(f"  {shorten(last.question.text)}\n    -> {shorten(last.text)}  ({'right' if last.accuracy else 'wrong'})")
     metrics |= {"sampling_gap/mean": gaps.mean().item(), "sampling_gap/max": gaps.max().item()}
     return metrics, [[response] for response in greedy]
 

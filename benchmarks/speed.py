@@ -339,13 +339,10 @@ def recipe(model, out, settings, seconds):
     curves = read_metrics(out)
     if "time/step" not in curves:
         sys.exit("no step was finished")
-    config = transformers.AutoConfig.from_pretrained(model)
-    with torch.device("meta"):
-        parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    parts = memory.memory(config, parameters, torch.cuda.is_available()).values()
+    measured = memory.measure(transformers.AutoConfig.from_pretrained(model), torch.cuda.is_available())
     figures = {"steps": [len(curves["time/step"][0])]}  # of which the first warms up, and is not counted
     figures |= {name: curves[name][1][1:] or curves[name][1] for name in RECORDED if name in curves}
-    figures |= {"GiB by tools/memory.py, for the longest texts": [max(map(sum, zip(*parts))) / 2**30]}
+    figures |= {"GiB by tools/memory.py, for the longest texts": [max(memory.total(memory.memory(measured))) / 2**30]}
     return figures | {"passes of an optimizer step": passes(model, out)}
 
 

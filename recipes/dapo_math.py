@@ -14,11 +14,11 @@ python -m tools.memory recipes/dapo_math.py:
     two moments of AdamW, fp32          11.5      11.5
     weights once more, in bf16          2.9       2.9
     key-value cache                     36.2      0.0
-    layers, kept for the backward pass  0.0       4.4
-    logits                              0.4       6.0
-    together                            56.8      36.3
+    layers, kept for the backward pass  0.0       4.7
+    logits, or one layer at work        0.4       6.0
+    together                            56.8      36.6
 
-Without GRADIENT_CHECKPOINTING, the layers alone would keep 51 GiB. The cache is what limits GENERATION_BATCH.
+Without GRADIENT_CHECKPOINTING, the layers alone would keep 58 GiB. The cache is what limits GENERATION_BATCH.
 On Linux, PYTORCH_ALLOC_CONF=expandable_segments:True in the environment leaves less memory unused.
 """
 

@@ -12,9 +12,9 @@ Not yet run with real weights or on a GPU. Memory, by python -m tools.memory rec
     two moments of AdamW, fp32          3.7       3.7
     weights once more, in bf16          0.9       0.9
     key-value cache                     3.1       0.0
-    layers, kept for the backward pass  0.0       6.1
-    logits                              0.4       3.0
-    together                            10.0      17.4
+    layers, kept for the backward pass  0.0       6.6
+    logits, or one layer at work        0.4       3.0
+    together                            10.0      17.9
 
 The cache grows with GENERATION_BATCH and with the lengths, the layers with MICRO_BATCH_TOKENS.
 On Linux, PYTORCH_ALLOC_CONF=expandable_segments:True in the environment leaves less memory unused.

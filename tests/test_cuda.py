@@ -201,8 +201,8 @@ def check_memory_of_the_gsm8k_recipe(folder):
     _, sampled = dapo.train_step(model, None, AutoTokenizer.from_pretrained("toy"), optimizer, iter(asked), 1)
     peaks.append(peak())
     assert [len(r.tokens) for group in sampled for r in group] == [dapo.MAX_RESPONSE_LENGTH] * dapo.GENERATION_BATCH
-    parameters, half = model.num_parameters(), torch.cuda.is_bf16_supported(including_emulation=False)
-    estimates = map(sum, zip(*memory.memory(config, parameters, half).values()))
+    half = torch.cuda.is_bf16_supported(including_emulation=False)
+    estimates = memory.total(memory.memory(memory.measure(config, half)))
     ratios = [estimate / peak for estimate, peak in zip(estimates, peaks, strict=True)]
     print("GiB in sampling, in the update:", [peak / GIB for peak in peaks], "estimate / peak:", ratios)
     assert all(0.85 < ratio < 1.3 for ratio in ratios)

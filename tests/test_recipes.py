@@ -18,7 +18,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 def stand_in(folder, recipe):
     """A data set of the shape of the recipe's, as a folder like those on the Hub."""
     folder.mkdir()
-    if recipe == "gsm8k":
+    if recipe.startswith("gsm8k"):
         rows = [
             {"question": f"Tom has {n} apples.", "answer": f"He has <<{n}={n}>>{n}.\n#### {n}"} for n in range(10, 18)
         ]
@@ -72,7 +72,7 @@ def test_a_recipe_starts(recipe, main, make_folder, set_reward, no_pictures, tmp
     main(words)
     said = capsys.readouterr().out
     assert "step 0: eval/accuracy" in said and "step 2: eval/accuracy" in said
-    assert ("16 of 24 rows" in said) == (recipe != "gsm8k")
+    assert ("16 of 24 rows" in said) == (not recipe.startswith("gsm8k"))
     tools.evaluate.main([*words, str(tmp_path / "run")])
     assert "8 questions" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Tom?")))

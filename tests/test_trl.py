@@ -1,7 +1,10 @@
 """tools/trl.py: its arguments, rows, and rewards, and where TRL is installed, a run in two processes."""
 
+import copy
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ from tools.trl import arguments, main, reward
 from tools.trl import rows as trl_rows
 
 NOT_ARGUMENTS = """MODEL MAX_PROMPT_LENGTH RESUME REWARD OVERLONG_BUFFER_LENGTH OVERLONG_PENALTY_FACTOR
-USE_DYNAMIC_SAMPLING MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING""".split()
+USE_DYNAMIC_SAMPLING MICRO_BATCH_TOKENS GRADIENT_CHECKPOINTING LORA_RANK""".split()
 
 
 def changed(**constants):
@@ -41,6 +44,8 @@ def test_each_constant_changes_its_own_arguments():
     assert changed(LOSS_AGG_MODE="seq-mean-token-sum") == {"loss_type": "luspo"}
     assert changed(LOSS_AGG_MODE="seq-mean-token-mean") == {"loss_type": "grpo"}
     assert changed(KL_COEF=0.02) == {"beta": 0.02}
+    switches = {"enable_thinking": False}
+    assert changed(CHAT_TEMPLATE_KWARGS=switches) == {"chat_template_kwargs": switches}
     assert changed(CLIP_RANGE_LOW=0.1, CLIP_RANGE_HIGH=0.3) == {"epsilon": 0.1, "epsilon_high": 0.3}
     assert changed(GROUP_SIZE=6) == {"num_generations": 6, "per_device_train_batch_size": 12}
     assert changed(BATCH_SIZE=64) == {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 64}
@@ -99,10 +104,12 @@ def test_what_cannot_begin_is_said_in_one_line(constants, monkeypatch, tmp_path,
     assert "has to be a multiple of" in refused(["--BATCH_SIZE=31", f"--OUTPUT_DIR={tmp_path / 'new'}"], capsys)
 
 
-@pytest.mark.parametrize("template", [True, False])
-def test_rows_are_what_dapo_asks(template, set_constants, tokenizer, tmp_path):
+@pytest.mark.parametrize("template, switches", [("Solve it: {question}", {}), ("{question}", {"thinking": False})])
+def test_rows_are_what_dapo_asks(template, switches, set_constants, tokenizer, tmp_path):
     """With a question twice, two that differ in the system message alone, and one that is too long."""
-    set_constants(PROMPT_TEMPLATE="Solve it: {question}" if template else "{question}", MAX_PROMPT_LENGTH=60)
+    set_constants(PROMPT_TEMPLATE=template, CHAT_TEMPLATE_KWARGS=switches, MAX_PROMPT_LENGTH=60)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template += "{% if thinking is defined and not thinking %}####{% endif %}"
     chats = [[{"role": "user", "content": text}] for text in ("1+1?", "2+2?", "1+1?", "3+3? " * 40)]
     chats[1].insert(0, {"role": "system", "content": "Be brief."})
     chats.append([{"role": "system", "content": "Be long."}, chats[1][1]])
@@ -112,10 +119,23 @@ def test_rows_are_what_dapo_asks(template, set_constants, tokenizer, tmp_path):
     assert len(found) == len(questions) == 3
     assert [row["prompt"][0]["content"] for row in found[1:]] == ["Be brief.", "Be long."]
     for row, question in zip(found, questions):
-        ids = tokenizer.apply_chat_template([row["prompt"]], add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert ids == [question.prompt.tolist()]
-        assert [row[name] for name in ("text", "answer", "source")] == [question.text, "2", sources[0]["path"]]
-        assert row["prompt_end"] == question.prompt_end
+        kind = {"add_generation_prompt": True, "return_dict": True} | switches
+        assert tokenizer.apply_chat_template([row["prompt"]], **kind)["input_ids"] == [question.prompt.tolist()]
+        assert question.prompt_end.endswith("####") == bool(switches)
+        assert str(pickle.loads(row["question"])) == str(question) and question.answer == "2"
+
+
+def test_arrow_keeps_what_differs_from_row_to_row(set_reward, tokenizer, tmp_path):
+    """No column that a question lacks, and the types of the others."""
+    from datasets import Dataset
+
+    set_reward(lambda **columns: 0.0)
+    lines = ['{"q": "1+1?", "a": "2", "level": 3}', '{"q": "2+2?", "a": "4", "level": "hard", "tests": ["x", 5]}']
+    (tmp_path / "q.json").write_text("\n".join(lines))
+    source = {"path": str(tmp_path / "q.json"), "type": "json", "input": "q", "output": "a"}
+    found = Dataset.from_list(trl_rows([source], tokenizer))
+    columns = [pickle.loads(row["question"]).columns for row in found]
+    assert columns == [{"level": 3}, {"level": "hard", "tests": ["x", 5]}]
 
 
 @pytest.mark.parametrize("buffer, penalty", [(4, [0, -0.35, -0.7, 0]), (0, [0, 0, 0, 0])])
@@ -130,9 +150,9 @@ def test_rewards_are_scores_with_the_penalty(buffer, penalty, set_constants, set
     set_constants(MAX_RESPONSE_LENGTH=10, OVERLONG_BUFFER_LENGTH=buffer, OVERLONG_PENALTY_FACTOR=0.7)
     set_reward(judge)
     ids = [tokenizer("1" * 9 + "2")["input_ids"][:length] for length in (10, 8, 10, 6)]
-    columns = {"text": [*"abcd"], "answer": [*"0123"], "source": [*"wxyz"], "prompt_end": ["<think>"] * 4}
-    columns["columns"] = [{"level": n} for n in range(4)]
-    given = reward(tokenizer, completion_ids=ids, log_metric=lambda *pair: logged.append(pair), prompts=[], **columns)
+    asked = [dapo.Question("abcd"[n], "0123"[n], "wxyz"[n], None, {"level": n}, 0, "<think>") for n in range(4)]
+    columns = {"question": [*map(pickle.dumps, asked)], "completion_ids": ids, "prompts": []}
+    given = reward(tokenizer, log_metric=lambda *pair: logged.append(pair), **columns)
     assert given[0] is None
     assert given[1:] == pytest.approx([score + less for score, less in zip((2.5, -1.0, 0.5), penalty[1:])])
     assert logged == [("accuracy", 0.0), ("accuracy", 0.0), ("accuracy", 1.0)]
@@ -163,7 +183,7 @@ def test_trl_accepts_the_arguments(recipe, trl, constants, tmp_path):
 
 
 SCRIPT = """
-import json, os, sys
+import json, os, pickle, sys
 import torch, trl
 from tools import trl as tool
 
@@ -173,11 +193,13 @@ rank, ours, trains = os.environ["RANK"], tool.reward, trl.GRPOTrainer.train
 def reward(tokenizer, **columns):
     given = ours(tokenizer, **columns)
     with open(f"{folder}/{rank}.jsonl", "a") as file:
-        told = [columns[name] for name in ("text", "answer", "source", "completion_ids")]
-        file.write(json.dumps([*told, given]) + "\\n")
+        asked = [[q.text, q.answer, q.source] for q in map(pickle.loads, columns["question"])]
+        file.write(json.dumps([*zip(*asked), columns["completion_ids"], given]) + "\\n")
     return given
 
 def train(self):
+    row = self.train_dataset[0]
+    assert self._tokenize_prompts([row["prompt"]])[0] == [pickle.loads(row["question"]).prompt.tolist()]
     trains(self)
     assert torch.distributed.get_backend() == "gloo" and torch.distributed.get_world_size() == 2
     torch.save(self.accelerator.unwrap_model(self.model).state_dict(), f"{folder}/{rank}.pt")
@@ -187,15 +209,32 @@ tool.main(words)
 """
 
 
+def merged(weights, rank):
+    """The weights of a model with adapters, by the definition of LoRA."""
+    weights = {name.removeprefix("base_model.model.").replace(".base_layer", ""): w for name, w in weights.items()}
+    adapters = {name: weights.pop(name) for name in [*weights] if ".lora_" in name}
+    for name in adapters:
+        layer, adapter, rest = name.partition(".lora_A")
+        if adapter:
+            weights[f"{layer}.weight"] += 32 / rank * adapters[f"{layer}.lora_B{rest}"] @ adapters[name]
+    return weights
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_toy(trl, constants, tokenizer, tmp_path, capsys):
-    """Two steps: they share each batch, get the rewards of dapo.py, and end with the same weights."""
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_two_processes_train_the_toy(lora_rank, trl, constants, tokenizer, tmp_path, capsys):
+    """Two steps: they share each batch, read the prompts and get the rewards of dapo.py, and end with the same weights;
+    with LoRA, those of the linear layers. The chat template has a switch, without which the toy is asked otherwise."""
+    shutil.copytree(ROOT / "toy", tmp_path / "toy")
+    with (tmp_path / "toy" / "chat_template.jinja").open("a") as file:
+        file.write("{% if not plain %}####{% endif %}")
     run, held_out = tmp_path / "run", tmp_path / "held_out.json"
     lines = [{"q": f"Tom has {n} apples. He eats 1. How many are left?", "a": str(n - 1)} for n in range(3, 10)]
     held_out.write_text("\n".join(map(json.dumps, lines)))
     source = [{"path": str(held_out), "type": "json", "input": "q", "output": "a"}]
     settings = dict(
-        MODEL=ROOT / "toy", EVAL_DATASETS=source, OUTPUT_DIR=run, DEVICE="cpu", NUM_STEPS=2, EVAL_EVERY=2, BATCH_SIZE=4,
+        MODEL=tmp_path / "toy", EVAL_DATASETS=source, OUTPUT_DIR=run, DEVICE="cpu", NUM_STEPS=2, EVAL_EVERY=2,
+        BATCH_SIZE=4, LORA_RANK=lora_rank, CHAT_TEMPLATE_KWARGS={"plain": True},
         GROUP_SIZE=4, MINI_BATCHES=2, DAPO_EPOCHS=2, LEARNING_RATE=1e-3, WARMUP_STEPS=0, MAX_RESPONSE_LENGTH=24,
         OVERLONG_BUFFER_LENGTH=20, OVERLONG_PENALTY_FACTOR=0.7, TEMPERATURE=1.3,
     )  # fmt: skip
@@ -226,8 +265,10 @@ def test_two_processes_train_the_toy(trl, constants, tokenizer, tmp_path, capsys
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     saved = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32).state_dict()
     before = AutoModelForCausalLM.from_pretrained(ROOT / "toy", dtype=torch.float32).state_dict()
-    assert all(torch.equal(one[name], other[name]) and torch.equal(one[name], saved[name]) for name in before)
-    assert not any(torch.equal(one[name], before[name]) for name in before)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.allclose(weights, saved[name], atol=1e-7) for name, weights in merged(one, lora_rank).items())
+    kept = [name for name in before if torch.equal(saved[name], before[name])]
+    assert kept == [name for name in before if lora_rank and not name.endswith("_proj.weight")]
     capsys.readouterr()
     evaluate.main([str(run), *words])
     assert "accuracy" in capsys.readouterr().out

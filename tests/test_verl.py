@@ -78,7 +78,8 @@ OTHER = dict(
     OVERLONG_BUFFER_LENGTH=0, OVERLONG_PENALTY_FACTOR=0.5, CLIP_RANGE_LOW=0.1, CLIP_RANGE_HIGH=0.3,
     LOSS_AGG_MODE="seq-mean-token-sum", KL_COEF=0.02, ENTROPY_COEF=0.01, LEARNING_RATE=1e-6, WARMUP_STEPS=9,
     WEIGHT_DECAY=0.2, MAX_GRAD_NORM=0.5, DAPO_EPOCHS=2, MINI_BATCHES=8, MICRO_BATCH_TOKENS=999,
-    GRADIENT_CHECKPOINTING=True, MODEL="some/model",
+    GRADIENT_CHECKPOINTING=True, MODEL="some/model", LORA_RANK=4,
+    CHAT_TEMPLATE_KWARGS={"enable_thinking": False, "effort": "it's low", "budgets": {"words": [10, None]}},
 )  # fmt: skip
 
 
@@ -105,6 +106,10 @@ def test_each_constant_changes_its_own_keys():
     assert overrides(short)["actor_rollout_ref.actor.ppo_max_token_len_per_gpu"] == 128  # verl's padding rows
     assert changed(OVERLONG_BUFFER_LENGTH=0) == {"enable": False, "len": 0}
     assert changed(REWARD=score) == {"path": "$here/test_verl.py", "name": "score"}
+    adapters = {"lora_rank": 4, "lora_alpha": 32, "target_modules": "all-linear", "load_format": "safetensors"}
+    assert changed(LORA_RANK=4) == adapters | {"save_contents": ["model", "optimizer", "extra"]}
+    assert changed(LORA_RANK=4, LORA_ALPHA=8.0)["lora_alpha"] == 8 and not changed(LORA_ALPHA=8.0)
+    assert changed(CHAT_TEMPLATE_KWARGS={"a": False}) == {"apply_chat_template_kwargs": {"a": False}}
     assert changed(OUTPUT_DIR="/data/x") == {"default_local_dir": "/data/x", "experiment_name": "x"}
 
 
@@ -125,6 +130,43 @@ def test_what_verl_cannot_do_is_said_or_refused(hand_over, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         hand_over(f"--REWARD={tmp_path / 'lists.py'}:f")
     assert end.value.code == 2 and "takes lists" in capsys.readouterr().err
+
+
+def test_other_columns_go_along(hand_over, tmp_path, monkeypatch):
+    """For a reward function of one's own, of any type that parquet has; None where a data set lacks the column."""
+    (tmp_path / "one.json").write_text('{"q": "1?", "a": "1", "level": 3, "extra_info": {"tests": [{"in": "x"}]}}')
+    (tmp_path / "other.json").write_text('{"q": "2?", "a": "2", "unit": "kg"}')
+    (tmp_path / "own.py").write_text("def score(data_source, solution_str, ground_truth, extra_info=None): 0")
+    kind = {"type": "json", "input": "q", "output": "a"}
+    files = [kind | {"path": str(tmp_path / name)} for name in ("one.json", "other.json")]
+    words = [f"--EVAL_DATASETS={files}", f"--REWARD={tmp_path / 'own.py'}:score", "--out", str(tmp_path / "new")]
+    hand_over_to_verl([f"--TRAIN_DATASETS={files}", *words])
+    found = pyarrow.parquet.read_table(tmp_path / "new" / "train.parquet").to_pylist()
+    one = {"level": 3, "tests": [{"in": "x"}], "unit": None, "split": "train", "index": 0, "question": "1?"}
+    other = {"level": None, "tests": None, "unit": "kg", "split": "train", "index": 1, "question": "2?"}
+    assert [row["extra_info"] for row in found] == [one, other]
+
+
+@pytest.mark.parametrize("value", ['"Level 5"', "true", "[5]", '{"of": 5}'])
+def test_columns_of_two_types_are_named(value, main, tmp_path, capsys):
+    (tmp_path / "q.json").write_text('{"q": "1?", "a": "1", "level": 5}\n{"q": "2?", "a": "2", "level": %s}' % value)
+    (tmp_path / "own.py").write_text("def score(data_source, solution_str, ground_truth, extra_info=None): 0")
+    source = [{"path": str(tmp_path / "q.json"), "type": "json", "input": "q", "output": "a"}]
+    words = [f"--TRAIN_DATASETS={source}", f"--EVAL_DATASETS={source}", f"--REWARD={tmp_path / 'own.py'}:score"]
+    with pytest.raises(SystemExit) as end:
+        hand_over_to_verl([*words, "--out", str(tmp_path / "new")])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "column 'level'" in said
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("words", [["--LORA_RANK=4", "--LORA_ALPHA=0.5"], ["--CHAT_TEMPLATE_KWARGS={'think': False}"]])
+def test_what_verl_would_not_see_is_refused(words, hand_over, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        hand_over(*words)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and words[-1][2:].partition("=")[0] in said
+    assert not (tmp_path / "verl run=1").exists()
 
 
 def test_what_no_constant_decides():
@@ -220,6 +262,7 @@ def test_a_model_without_the_tokens_that_verl_needs(hand_over, make_folder, caps
         ("a\\", '"a\\\\"'),
         ("${x}", r'"\${x}"'),
         (["console", "wandb"], '["console","wandb"]'),
+        ({"thinking": False, "of": {"a": "b", "c": [1]}}, '{thinking:False,of:{a:"b",c:[1]}}'),
     ],
 )
 def test_values_in_hydras_grammar(value, written):
@@ -332,28 +375,37 @@ def test_verl_accepts_every_key(recipe, verl, hand_over, tmp_path):
         expected = str(value).replace("$here", str(folder)) if isinstance(value, str) else value
         assert str(value).startswith("$") and "/" not in value or found == expected, key
     assert config.trainer.n_gpus_per_node == 2 and config.trainer.nnodes == 1
+    config.actor_rollout_ref.rollout.name = "other"  # for LoRA, it would ask vLLM, which is not installed here
     validate_config(config, need_reference_policy(config), need_critic(config))
 
 
-def test_verl_reads_the_same_prompts(verl, hand_over, make_folder):
-    """With its own data set class and chat template, also for a tokenizer that has none."""
+@pytest.mark.parametrize("template", ["the model's", "none", "with a switch"])
+def test_verl_reads_the_same_prompts(template, verl, hand_over, make_folder):
+    """With its own data set class, chat template, and what its agent loop makes of a prompt."""
     from verl.utils.dataset.rl_dataset import RLHFDataset
+    from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
-    for template in (True, False):
-        model = make_folder()
-        if not template:
-            (model / "chat_template.jinja").unlink()
-        folder = hand_over(f"--MODEL={model}", "--PROMPT_TEMPLATE=Solve it: {question}")
-        config, tokenizer = composed(folder), load(model)[1]
-        questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)
-        if custom := config.actor_rollout_ref.model.custom_chat_template:
-            tokenizer.chat_template = custom
-        assert bool(custom) != template
-        found = RLHFDataset(str(folder / "train.parquet"), tokenizer, config.data)
-        assert len(found) == len(questions)
-        for row, question in zip(found, questions):
-            ids = tokenizer.apply_chat_template(row["raw_prompt"], add_generation_prompt=True, return_dict=True)
-            assert ids["input_ids"] == question.prompt.tolist()
+    model, switched = make_folder(), template == "with a switch"
+    if template == "none":
+        (model / "chat_template.jinja").unlink()
+    if switched:
+        with (model / "chat_template.jinja").open("a") as file:
+            file.write("{% if not thinking %}{{ sign }}{% endif %}")
+    switches = ["--CHAT_TEMPLATE_KWARGS={'thinking': False, 'sign': '####'}"] if switched else []
+    folder = hand_over(f"--MODEL={model}", "--PROMPT_TEMPLATE=Solve it: {question}", *switches)
+    config, tokenizer = composed(folder), load(model)[1]
+    questions = dapo.load_questions(dapo.TRAIN_DATASETS, tokenizer)
+    assert all(question.prompt_end.endswith("####") == switched for question in questions)
+    if custom := config.actor_rollout_ref.model.custom_chat_template:
+        tokenizer.chat_template = custom
+    assert bool(custom) == (template == "none")
+    switches = config.data.apply_chat_template_kwargs
+    builder = create_continuous_token_builder(tokenizer, hf_model_type="qwen2", chat_template_kwargs=switches)
+    config.data.max_prompt_length = max(len(question.prompt) for question in questions)
+    found = RLHFDataset(str(folder / "train.parquet"), tokenizer, config.data)
+    assert len(found) == len(questions)
+    for row, question in zip(found, questions):
+        assert builder.build_initial_tokens(row["raw_prompt"]) == question.prompt.tolist()
 
 
 def test_verl_gives_the_same_rewards(verl, hand_over, make_folder):

@@ -56,6 +56,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     start(*sys.argv[1:])  # never returns: what is below runs in verl's processes, which import this file
 
+import peft  # noqa: E402
 import ray  # noqa: E402
 import torch  # noqa: E402
 from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: E402
@@ -139,7 +140,7 @@ class Server:
         self.ends = [self.ends] if isinstance(self.ends, int) else self.ends
         # Nothing else of the model's own: its top_p, say, would change what is sampled.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=0)
-        self.length, self.waiting, self.steps = length, [], None
+        self.length, self.waiting, self.steps, self.adapters = length, [], None, None
         vocabulary = self.model.config.get_text_config().vocab_size
         self.batch = max(1, 2**28 // (length * vocabulary))  # responses whose logits take 1 GiB
 
@@ -181,8 +182,14 @@ class Server:
                 extra_fields={"global_steps": self.steps},
             )
 
-    async def update(self, weights, steps):
-        unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
+    async def update(self, weights, adapters, steps):
+        """New weights, or with LoRA those of the adapters, whose configuration then comes along."""
+        if adapters and not self.adapters:
+            self.adapters = peft.get_peft_model(self.model, peft.LoraConfig(**adapters)).eval()  # changes self.model
+        if adapters:
+            unknown = peft.set_peft_model_state_dict(self.adapters, weights).unexpected_keys
+        else:
+            unknown = self.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not unknown, unknown
         self.steps = steps
 
@@ -201,9 +208,9 @@ class Replica(replica.RolloutReplica):
 class Adapter(base.BaseRollout):
     """In each training process, hands the new weights to the server of the same number."""
 
-    async def update_weights(self, weights, global_steps=None, **_):
+    async def update_weights(self, weights, global_steps=None, peft_config=None, **_):
         weights = {name: tensor.detach().float().clone() for name, tensor in weights}
-        await ray.get_actor(server_name(os.environ["RANK"])).update.remote(weights, global_steps)
+        await ray.get_actor(server_name(os.environ["RANK"])).update.remote(weights, peft_config, global_steps)
 
     resume = release = later
 

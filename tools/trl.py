@@ -6,6 +6,7 @@ For TRL 1.16.0, which prints its metrics and saves the model in OUTPUT_DIR. docs
 """
 
 import os
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -37,20 +38,23 @@ def arguments(c, processes=1):
         learning_rate=c["LEARNING_RATE"], weight_decay=c["WEIGHT_DECAY"], max_grad_norm=c["MAX_GRAD_NORM"],
         lr_scheduler_type="constant_with_warmup", warmup_steps=max(c["WARMUP_STEPS"] - 1, 0) * updates,
         disable_dropout=True, gradient_checkpointing=False,  # by dapo.load_model, if at all
+        chat_template_kwargs=c["CHAT_TEMPLATE_KWARGS"],
     )  # fmt: skip
 
 
 def rows(sources, tokenizer):
-    """The questions, with chat messages as their prompts, because TRL does not put text into the chat template."""
-    read = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+    """The questions, with chat messages as their prompts, because TRL does not put text into the chat template. They
+    are pickled, because Arrow needs one type for each column, and fills in those that a question lacks."""
+    kind = {"add_generation_prompt": True, "return_dict": True}
+    read = partial(tokenizer.apply_chat_template, **kind, **dapo.CHAT_TEMPLATE_KWARGS)
     messages = {tuple(read(row["prompt"])["input_ids"]): row["prompt"] for row in verl_rows(sources, "")}
-    return [vars(q) | {"prompt": messages[tuple(q.prompt.tolist())]} for q in dapo.load_questions(sources, tokenizer)]
+    questions = dapo.load_questions(sources, tokenizer)
+    return [{"prompt": messages[tuple(q.prompt.tolist())], "question": pickle.dumps(q)} for q in questions]
 
 
-def reward(tokenizer, completion_ids, text, answer, source, columns, prompt_end, log_metric, **others):
+def reward(tokenizer, completion_ids, question, log_metric, **others):
     """REWARD's score of each completion, with the overlong penalty (eq. 13); None where REWARD gives no verdict."""
-    rows = zip(text, answer, source, [None] * len(text), columns, prompt_end)
-    asked = [dapo.Question(*row[:5], prompt_end=row[5]) for row in rows]
+    asked = [*map(pickle.loads, question)]
     verdicts = dapo.judge(asked, tokenizer.batch_decode(completion_ids, skip_special_tokens=True))
     for verdict in filter(None, verdicts):
         log_metric("accuracy", verdict["accuracy"])
@@ -68,12 +72,17 @@ def main(argv=None):
     if os.environ.get("RANK", "0") == "0" and os.path.exists(dapo.OUTPUT_DIR):
         dapo.fail(f"OUTPUT_DIR={dapo.OUTPUT_DIR} exists already: give this run a folder of its own")
     config = GRPOConfig(**arguments(vars(dapo), int(os.environ.get("WORLD_SIZE", 1))))
-    policy, tokenizer = dapo.load_model(model := dapo.saved_model(dapo.MODEL))
-    tokenizer.chat_template = tokenizer.chat_template or chat_template(model, dapo.TRUST_REMOTE_CODE)
+    policy, tokenizer = dapo.load_model(path := dapo.saved_model(dapo.MODEL))
+    tokenizer.chat_template = tokenizer.chat_template or chat_template(path, dapo.TRUST_REMOTE_CODE)
     data = [Dataset.from_list(rows(sources, tokenizer)) for sources in (dapo.TRAIN_DATASETS, dapo.EVAL_DATASETS)]
-    trainer = GRPOTrainer(policy, partial(reward, tokenizer), config, *data, processing_class=tokenizer)
+    if dapo.LORA_RANK:
+        dapo.add_adapters(policy)
+    model = policy.adapters if dapo.LORA_RANK else policy
+    trainer = GRPOTrainer(model, partial(reward, tokenizer), config, *data, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model()
+    if trainer.is_world_process_zero():
+        policy.save_pretrained(dapo.OUTPUT_DIR, state_dict=dapo.merged_weights(policy))
+        tokenizer.save_pretrained(dapo.OUTPUT_DIR)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import shlex
 import shutil
 from pathlib import Path
 
-from pyarrow import Table, parquet
+import pyarrow
+from pyarrow import parquet
 from transformers import AutoConfig, AutoTokenizer
 
 import dapo
@@ -56,6 +57,15 @@ def verl_rows(sources, split):
             }
             rows.append(row)
     return rows
+
+
+def table(rows):
+    """The rows as a table, in which each column has one type, and is None in rows that lack it."""
+    for name in dict.fromkeys(name for row in rows for name in row["extra_info"]):
+        column = [row["extra_info"].get(name) for row in rows]
+        with dapo.explained(f"verl reads parquet, where a column has one type; the data's column {name!r} has not"):
+            parquet.write_table(pyarrow.table({name: column}), pyarrow.BufferOutputStream())
+    return pyarrow.Table.from_pylist(rows)
 
 
 def overrides(c):
@@ -149,6 +159,16 @@ def overrides(c):
     }
     if template := chat_template(model, c["TRUST_REMOTE_CODE"]):
         found["actor_rollout_ref.model.custom_chat_template"] = template
+    if c["LORA_RANK"]:
+        found |= {
+            "actor_rollout_ref.model.lora_rank": c["LORA_RANK"],
+            "actor_rollout_ref.model.lora_alpha": int(c["LORA_ALPHA"]),
+            "actor_rollout_ref.model.target_modules": "all-linear",
+            "actor_rollout_ref.rollout.load_format": "safetensors",  # vLLM reads MODEL, then it gets adapters alone
+            "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+        }
+    if c["CHAT_TEMPLATE_KWARGS"]:
+        found["+data.apply_chat_template_kwargs"] = c["CHAT_TEMPLATE_KWARGS"]
     return found
 
 
@@ -223,6 +243,8 @@ def hydra(value):
     would end it or be filled in."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{hydra(part)}' for name, part in value.items())}}}"
     if not isinstance(value, str):
         return "null" if value is None else str(value)
     value = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
@@ -263,9 +285,14 @@ def main(argv=None):
         dapo.fail(f"{word!r} is neither a recipe.py nor --NAME=VALUE")
     if "solution_strs" in inspect.signature(dapo.REWARD).parameters:
         dapo.fail(f"REWARD={dapo.text_of(dapo.REWARD)} takes lists, but verl's reward manager gives it one response")
+    if dapo.LORA_RANK and dapo.LORA_ALPHA % 1:
+        dapo.fail(f"LORA_ALPHA={dapo.LORA_ALPHA} has to be a whole number for verl")
     for name in "GPUS", "NODES":
         if not re.fullmatch("[1-9][0-9]*", os.environ.get(name, "1")):
             dapo.fail(f"{name}={os.environ[name]} in the environment has to be a whole number above 0")
+    if dapo.CHAT_TEMPLATE_KWARGS and os.path.isdir(model := dapo.saved_model(dapo.MODEL)):
+        tokenizer = load_tokenizer(model, dapo.TRUST_REMOTE_CODE)
+        dapo.read_prompt(tokenizer, [{"role": "user", "content": "1 + 1?"}])  # refuses a switch that is none
     with dapo.explained(f"--out {options.out} cannot be written"):
         questions = write(Path(options.out), vars(dapo))
     for warning in warnings(vars(dapo), questions, os.environ):
@@ -274,20 +301,19 @@ def main(argv=None):
 
 def write(folder, c):
     """Writes all files; returns the number of questions to train on."""
+    sources = {"train": c["TRAIN_DATASETS"], "test": c["EVAL_DATASETS"]}
+    tables = {split: table(verl_rows(sources[split], split)) for split in sources}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(inspect.getfile(c["REWARD"]), folder)
-    questions = {}
-    for split, sources in ("train", c["TRAIN_DATASETS"]), ("test", c["EVAL_DATASETS"]):
-        rows = verl_rows(sources, split)
-        parquet.write_table(Table.from_pylist(rows), folder / f"{split}.parquet")
-        dapo.say(f"{folder / split}.parquet: {len(rows)} questions")
-        questions[split] = len(rows)
+    for split in tables:
+        parquet.write_table(tables[split], folder / f"{split}.parquet")
+        dapo.say(f"{folder / split}.parquet: {len(tables[split])} questions")
     settings = overrides(c)
     start = RUN.replace("RESPONSES", str(mini_batch(c) * c["GROUP_SIZE"]))
     lines = [f"    {argument(*setting)} \\\n" for setting in settings.items()]
     (folder / "run.sh").write_text(start + "".join(lines) + '    "$@"\n', encoding="utf-8")
     dapo.say(f"{folder / 'run.sh'}: {len(settings)} settings; run it with bash where verl is installed")
-    return questions["train"]
+    return len(tables["train"])
 
 
 if __name__ == "__main__":
