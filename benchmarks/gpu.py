@@ -14,7 +14,7 @@ there is internet, and then there, with that machine's version of Python:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels transformers==5.24.0 datasets==5.2.0 \\
         dill==0.4.1 multiprocess==0.70.19 math-verify==0.9.0 latex2sympy2_extended==1.11.0 \\
-        antlr4-python3-runtime==4.13.2 trl==1.16.0
+        antlr4-python3-runtime==4.13.2 trl==1.16.0 peft==0.21.2
     pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site python benchmarks/gpu.py
 """

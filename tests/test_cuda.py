@@ -23,6 +23,7 @@ import dapo  # noqa: E402, I001  (first: pyarrow has to come before torch on Win
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config  # noqa: E402
 
 from tools import chat, evaluate, memory  # noqa: E402
@@ -142,6 +143,24 @@ def check_changing_the_device(folder):
     assert len(norms) == 3 and all(0 < norm < math.inf for (norm,) in norms)
 
 
+def check_lora(folder):
+    """Frozen weights in bf16, adapters in fp32, and KL without a second model; resumed, and saved as a whole model."""
+    for step in (1, 2):
+        said = train(folder, **SMALL, NUM_STEPS=step, LORA_RANK=8, LEARNING_RATE=2e-4, KL_COEF=0.01)
+    assert f"resuming the run in {folder} after step 1" in said
+    kl = [value for (value,) in rows(folder, "SELECT value FROM metrics WHERE name = 'kl' ORDER BY step")]
+    assert len(kl) == 2 and all(0 <= value < 1 for value in kl)
+    weights = load_file(folder / "step_2/model.safetensors")
+    frozen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    assert weights["model.norm.weight"].dtype == frozen
+    assert weights["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float32
+    adapters = load_file(folder / "step_2/adapters/adapter_model.safetensors")
+    assert len(adapters) == 2 * 4 * 7 and all(part.dtype == torch.float32 and part.any() for part in adapters.values())
+    (sampled,) = rows(folder, "SELECT value FROM metrics WHERE name = 'eval/accuracy' AND step = 2")
+    merged = float(said_by(evaluate.main, str(folder), f"--DEVICE={DEVICE}").split("  accuracy ")[1].split()[0])
+    assert abs(sampled[0] - merged) < 0.08
+
+
 def peak(most=torch.cuda.max_memory_allocated):
     """The most memory allocated (or reserved) at a time since the last call, in bytes."""
     most = most()
@@ -237,6 +256,8 @@ def gpu(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check, gpu, tmp_path):
     environment, memory, lock = gpu
+    if check == "lora":
+        pytest.importorskip("peft", reason="LoRA needs peft (pip install peft)")
     if "recipe" in check:
         environment = environment | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}  # as the recipe advises
         if memory < CARD:
