@@ -128,7 +128,7 @@ def keep(tmp_path, make_folder, sources, monkeypatch):
 
     def keep(rights, folder=None, **constants):
         path, folder = tmp_path / "new/medium.parquet", str(folder or make_folder())
-        constants = {"EVAL_DATASETS": sources, "MAX_PROMPT_LENGTH": 200, "EVAL_SAMPLES": 10} | constants
+        constants = dict(MODEL=folder, EVAL_DATASETS=sources, MAX_PROMPT_LENGTH=200, EVAL_SAMPLES=10) | constants
         for name, value in (difficulty.CONSTANTS | {"KEEP_IN": str(path)} | constants).items():
             monkeypatch.setattr(dapo, name, value, raising=False)
         difficulty.check_file()

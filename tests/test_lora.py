@@ -24,7 +24,10 @@ import dapo
 from tools import chat, evaluate
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft (pip install peft)")
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|is_gradient_checkpointing):"),  # as dapo.py does
+]
 
 SCALE = 6.0 / 4  # LORA_ALPHA / LORA_RANK
 
