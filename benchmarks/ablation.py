@@ -203,11 +203,13 @@ def value_at(step, curve):
 
 
 def in_words(values, digits):
-    """Mean ± standard error over seeds. A run that did not get there counts as none."""
+    """Mean ± standard error over seeds; of one seed, its value. A run that did not get there counts as none."""
     there = [value for value in values if math.isfinite(value)]
     if len(there) < len(values):
         return f"in {len(there)} of {len(values)} seeds" if there else "not reached"
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
