@@ -438,8 +438,7 @@ def aggregate_loss(token_losses, mask, mode, denominator=None):
 
     "token-mean" is the mean over all tokens, so a longer response counts for more (eq. 12), as it does in
     "seq-mean-token-sum", the mean over responses of their sums. "seq-mean-token-mean" (GRPO), the mean of their means,
-    counts each response once. `denominator` is the number of tokens, or of responses, in the whole mini-batch.
-    """
+    counts each response once. `denominator` is the number of tokens, or of responses, in the whole mini-batch."""
     token_losses, lengths = token_losses * mask, mask.sum(1)
     if mode == "token-mean":
         return token_losses.sum() / (denominator or lengths.sum())
@@ -529,7 +528,7 @@ def head_logits(model, output, hidden):
 
 
 def autocast(model):
-    """Weights are fp32, since bf16 would lose AdamW's steps at a learning rate of 1e-6. Arithmetic is bf16 on CUDA
+    """What is trained is fp32, as bf16 would lose AdamW's steps at a learning rate of 1e-6. Arithmetic is bf16 on CUDA
     GPUs that have it; older ones, such as T4 and V100, would emulate it, very slowly."""
     native = model.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(model.device.type, torch.bfloat16, enabled=native)
@@ -640,14 +639,16 @@ def load_model(path):
 
 def add_adapters(model):
     """LoRA (arXiv 2106.09685): a linear layer gives W x + LORA_ALPHA / LORA_RANK · B A x. Only A and B are trained, in
-    fp32, and B begins at 0. Output layers have none; nor have experts, as peft would round what theirs learn."""
+    fp32, and B begins at 0. The output layer gets none. Nor do experts: peft would round what their adapters learn."""
     set_seed("adapters")
     with explained(f"LORA_RANK={LORA_RANK} needs peft (pip install peft), and a MODEL that it can add to"):
         import peft
 
         layers = ".*attn.*_proj.*" if hasattr(model.config.get_text_config(), "num_experts_per_tok") else "all-linear"
         kind = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, task_type="CAUSAL_LM")
-        vars(model)["adapters"] = peft.get_peft_model(model, kind)  # set as usual, it would be a part of its own part
+        vars(model)["adapters"] = peft.get_peft_model(model, kind)  # by setattr, the model would contain itself
+    if layers == "all-linear":  # now a set of names, which is saved in another order each time
+        kind.target_modules = sorted(kind.target_modules)
 
 
 def merged_weights(model):
@@ -680,8 +681,7 @@ def load_questions(sources, tokenizer):
     control, questions, left_out = added | set(tokenizer.all_special_tokens), [], Counter()
     for source in sources:
         for messages, answer, columns in load_rows(source):
-            with explained(f"MODEL={MODEL} has a chat template that refuses {messages}"):
-                text, ids = read_prompt(tokenizer, messages)
+            text, ids = read_prompt(tokenizer, messages)
             if not ids:
                 fail(f"MODEL={MODEL} has a tokenizer or a chat template that makes no tokens of a question")
             written = str(messages)
@@ -710,8 +710,8 @@ def load_rows(source):
                 raise ValueError(f"a question has to end with the user's message, and an answer to be text: {row}")
             if text is not None and answer is not None:
                 messages[-1]["content"] = str(text)
-                known = row if REWARD is compute_score else (source["input"], source["output"])  # ours needs no others
-                others = {name: row[name] for name in row if name not in known}
+                left_out = row if REWARD is compute_score else (source["input"], source["output"])  # ours needs none
+                others = {name: row[name] for name in row if name not in left_out}
                 others |= others.pop("extra_info") if isinstance(others.get("extra_info"), dict) else {}  # as in verl
                 found.setdefault(str(messages), (messages, str(answer), others))
     if not found:
@@ -781,12 +781,13 @@ def read_prompt(tokenizer, messages):
     if unknown := [key for key in CHAT_TEMPLATE_KWARGS if key not in re.findall(r"\w+", str(tokenizer.chat_template))]:
         fail(f"{CHAT_TEMPLATE_KWARGS=}: the chat template of MODEL={MODEL} has no switch {unknown[0]}")
     text = TEMPLATES.get(PROMPT_TEMPLATE, PROMPT_TEMPLATE).replace("{question}", messages[-1]["content"])
-    if not tokenizer.chat_template:
-        ids = tokenizer(text)["input_ids"]
-        return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
-    messages = [*messages[:-1], messages[-1] | {"content": text}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
-    return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
+    with explained(f"MODEL={MODEL} has a chat template that refuses {messages}, with {CHAT_TEMPLATE_KWARGS=}"):
+        if not tokenizer.chat_template:
+            ids = tokenizer(text)["input_ids"]
+            return text, ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt must not end the text
+        asked = [*messages[:-1], messages[-1] | {"content": text}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **CHAT_TEMPLATE_KWARGS)
+        return text, tokenizer(text[: 1000 * MAX_PROMPT_LENGTH], add_special_tokens=False)["input_ids"]
 
 
 TEMPLATES = {
@@ -856,8 +857,7 @@ def judge(questions, texts):
 
     REWARD returns {"score": number, "acc": number, "pred": text, and more numbers to be recorded}, of which all but the
     score may be missing; or the score alone, where more than 0 counts as right; or None, which leaves the response out
-    of its group. As in verl, it may take lists, by parameters with names in the plural, and return a list.
-    """
+    of its group. As in verl, it may take lists, by parameters with names in the plural, and return a list."""
     columns = {"data_source": [question.source for question in questions], "solution_str": list(texts)}
     columns["ground_truth"] = [question.answer for question in questions]
     columns["extra_info"] = [q.columns | {"question": q.text, "prompt": q.prompt_end} for q in questions]
@@ -944,8 +944,7 @@ class Run:
     """The run in OUTPUT_DIR: run.db (its record), two checkpoints, training_metrics.png, and saved models.
 
     An interrupted run is resumed if all its constants but the FREE ones are the same; any other run in the folder is
-    renamed. Ctrl-C, SIGTERM, or a lost terminal stops a run between two steps, and a second Ctrl-C at once.
-    """
+    renamed. Ctrl-C, SIGTERM, or a lost terminal stops a run between two steps, and a second Ctrl-C at once."""
 
     def __init__(self, model, tokenizer, optimizer, questions, held_out):
         self.model, self.tokenizer, self.optimizer, self.questions = model, tokenizer, optimizer, questions
@@ -959,8 +958,9 @@ class Run:
         for name, asked in (("the questions' checksum", questions), ("the held-out questions' checksum", held_out)):
             text = str([(question.prompt.tolist(), question.answer, *question.columns.items()) for question in asked])
             self.constants[name] = str(zlib.crc32(text.encode()))
-        some = [weights.detach().flatten()[::101].cpu().float().numpy().tobytes() for weights in model.parameters()]
-        self.constants["MODEL's checksum"] = str(zlib.crc32(b"".join(some)))
+        some = torch.cat([weights.detach().flatten()[::101].cpu().float() for weights in model.parameters()])
+        some = some.bfloat16().float() if LORA_RANK else some  # on another device, they may be of another type
+        self.constants["MODEL's checksum"] = str(zlib.crc32(some.numpy().tobytes()))
         self.facts = self.constants | {f"source of {name}": text for name, text in self.sources.items()}  # for run.db
         self.facts |= {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
         self.facts |= {"device": str(model.device), "arithmetic": str(arithmetic(model))}
@@ -1196,8 +1196,8 @@ def evaluate(model, tokenizer, questions):
     if EVAL_SAMPLES > 1:
         sampled = itertools.chain(*sample_groups(model, tokenizer, questions, EVAL_SAMPLES))
         metrics[f"eval/avg@{EVAL_SAMPLES}"] = statistics.fmean(response.accuracy for response in sampled)
-    last = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]  # the longest
-    say(f"  {shorten(last.question.text)}\n    -> {shorten(last.text)}  ({'right' if last.accuracy else 'wrong'})")
+    shown = sorted(greedy, key=lambda response: len(response.question.prompt))[-1]  # to the longest question
+    say(f"  {shorten(shown.question.text)}\n    -> {shorten(shown.text)}  ({'right' if shown.accuracy else 'wrong'})")
     metrics |= {"sampling_gap/mean": gaps.mean().item(), "sampling_gap/max": gaps.max().item()}
     return metrics, [[response] for response in greedy]
 

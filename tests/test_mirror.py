@@ -4,6 +4,7 @@ them in one W&B run, however often the mirror or the training is interrupted, an
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import sqlite3
@@ -53,7 +54,7 @@ class Session:
 
     def __init__(self, server, id, resume, offline, options):
         self.server, self.options, self.finished, self.ignored = server, options | {"resume": resume}, False, []
-        self.id = id or f"id{len(server.sessions)}"
+        self.id = id
         self.rows = {} if offline else server.runs.setdefault(self.id, {})
         if not offline and resume is None:
             self.rows.clear()
@@ -91,13 +92,10 @@ class Server:
     """In the place of W&B, which tests must not reach: {id: {row: metrics}} of its runs, and the sessions begun."""
 
     def __init__(self):
-        self.runs, self.sessions, self.mode, self.kill_after = {}, [], "online", -1
+        self.runs, self.sessions, self.kill_after = {}, [], -1
 
     def init(self, id, resume, **options):
-        return Session(self, id, resume, self.mode == "offline", options)
-
-    def setup(self):
-        return SimpleNamespace(settings=SimpleNamespace(mode=self.mode))
+        return Session(self, id, resume, os.environ.get("WANDB_MODE") == "offline", options)
 
     def sync(self, session):
         """`wandb sync` with the folder of an offline session: what has not resumed takes the place of what there is."""
@@ -110,7 +108,7 @@ class Server:
 def wandb(monkeypatch):
     server = Server()
     table = lambda columns, data: [dict(zip(columns, row, strict=True)) for row in data]  # noqa: E731
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=server.init, setup=server.setup, Table=table))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=server.init, Table=table))
     return server
 
 
@@ -223,10 +221,10 @@ def test_which_run_of_wandb_a_run_goes_to(wandb, tmp_path):
     assert [logged(rows) for rows in wandb.runs.values()] == [recorded(aside)] + 3 * [recorded(run)]
 
 
-def test_offline_copies_take_the_place_of_earlier_ones(wandb, tmp_path):
+def test_offline_copies_take_the_place_of_earlier_ones(wandb, tmp_path, monkeypatch):
     """In whatever order and however often they are uploaded before the last; and online it goes on from there."""
     run = tmp_path / "run"
-    wandb.mode = "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
     for piece in PIECES[:5]:
         write(run, *piece)
         mirror.main([str(run), "wandb"])
@@ -235,7 +233,7 @@ def test_offline_copies_take_the_place_of_earlier_ones(wandb, tmp_path):
     for session in (earlier[1], earlier[0], earlier[3], last, last):
         wandb.sync(session)
     assert logged(the_one(wandb)) == recorded(run)
-    wandb.mode = "online"
+    monkeypatch.delenv("WANDB_MODE")
     for piece in PIECES[5:]:
         write(run, *piece)
     mirror.main([str(run), "wandb"])
@@ -365,8 +363,7 @@ import sys
 from types import SimpleNamespace
 run = SimpleNamespace(finish=lambda: None, define_metric=lambda *args, **options: None)
 run.id, run.starting_step, run.log = "one", 0, lambda metrics, step: print(metrics, step)
-setup = lambda: SimpleNamespace(settings=SimpleNamespace(mode="online"))
-sys.modules["wandb"] = SimpleNamespace(init=lambda **options: run, setup=setup)
+sys.modules["wandb"] = SimpleNamespace(init=lambda **options: run)
 from tools import mirror
 mirror.main([{str(tmp_path / "run")!r}, "wandb"])
 print(sorted({{"torch", "transformers", "dapo", "matplotlib"}} & set(sys.modules)))

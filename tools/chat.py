@@ -59,7 +59,9 @@ def chat(path):
         import readline  # noqa: F401  (arrow keys in what is typed)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
+    dapo.MODEL = path  # which messages name
     model, tokenizer = dapo.load_model(path)
+    dapo.read_prompt(tokenizer, [{"role": "user", "content": "1 + 1?"}])  # refuses a switch that is none
     limit, temperature = dapo.MAX_RESPONSE_LENGTH, dapo.TEMPERATURE
     method = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -117,13 +117,15 @@ def rows_of(questions, path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=dapo.TRUST_REMOTE_CODE)
     rows, found = itertools.chain.from_iterable(map(dapo.load_rows, dapo.EVAL_DATASETS)), {}
     judge, dapo.REWARD = dapo.REWARD, None  # load_rows reads the other columns for any judge but dapo's own
-    for question in questions:
-        asked = question.text, question.answer, question.prompt.tolist()
-        for messages, answer, columns in rows:  # goes on after the last one found
-            if (messages[-1]["content"], answer, dapo.read_prompt(tokenizer, messages)[1]) == asked:
-                found[question] = messages, columns
-                break
-    dapo.REWARD = judge
+    try:
+        for question in questions:
+            asked = question.text, question.answer, question.prompt.tolist()
+            for messages, answer, columns in rows:  # goes on after the last one found
+                if (messages[-1]["content"], answer, dapo.read_prompt(tokenizer, messages)[1]) == asked:
+                    found[question] = messages, columns
+                    break
+    finally:
+        dapo.REWARD = judge
     return found
 
 

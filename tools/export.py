@@ -45,7 +45,8 @@ ROWS = 500  # in a row group of a parquet file, and in memory
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m tools.export", description=__doc__, **form)
     parser.error = dapo.fail
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("out", metavar="OUT", type=Path)

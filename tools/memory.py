@@ -125,7 +125,7 @@ def total(parts):
 
 def verdict(model, gib):
     """Says whether the run fits, and the largest batches that fit, each in its own phase."""
-    room = (gib - 0.5) / 1.1 * 2**30  # for tensors, in bytes
+    room = max(0, gib - 0.5) / 1.1 * 2**30  # for tensors, in bytes
     needed, phase = max(zip(total(memory(model)), ("sampling", "the update")))
     fits = "fits: {} takes more, and leaves" if needed <= room else "does not fit: {} takes more, and lacks"
     print(f"Of {gib:g} GiB, tensors can have {room / 2**30:.1f}: CUDA takes 0.5, and torch leaves 10% between tensors.")

@@ -11,6 +11,8 @@ evaluation, a table of greedy responses.
 
 import ast
 import contextlib
+import os
+import secrets
 import shutil
 import sqlite3
 import sys
@@ -104,11 +106,12 @@ def wandb(folder):
     place.parent.mkdir(exist_ok=True)
     with FileLock(place.with_name("lock"), timeout=0):
         known = place.read_text().strip() if place.exists() else ""
-        which = {"id": known or None, "resume": None if wandb.setup().settings.mode == "offline" else "allow"}
+        if not known:
+            place.write_text(known := secrets.token_hex(4))
+        which = {"id": known, "resume": None if os.environ.get("WANDB_MODE") == "offline" else "allow"}
         run = wandb.init(project="dapo", name=folder.absolute().name, dir=folder, config=constants(folder), **which)
+        first = getattr(run, "starting_step", 0)
         try:
-            if not known:
-                place.write_text(run.id)
             run.define_metric("step", hidden=True)
             run.define_metric("*", step_metric="step")
 
@@ -118,7 +121,7 @@ def wandb(folder):
                 if evaluation and (responses := held_out(folder, step)):
                     evaluation["held_out"] = wandb.Table(SHOWN.split(", "), responses)
                 for row, part in ((2 * step, training), (2 * step + 1, evaluation)):
-                    if part and row >= run.starting_step:
+                    if part and row >= first:
                         run.log({"step": step} | part, step=row)
 
             yield write

@@ -8,6 +8,7 @@ For TRL 1.16.0, which prints its metrics and saves the model in OUTPUT_DIR. docs
 import os
 import pickle
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import dapo  # isort: skip  (before torch, for Windows)
@@ -82,6 +83,8 @@ def main(argv=None):
     trainer.train()
     if trainer.is_world_process_zero():
         policy.save_pretrained(dapo.OUTPUT_DIR, state_dict=dapo.merged_weights(policy))
+        written = Path(dapo.OUTPUT_DIR, "config.json")  # of the type of the merged weights, as dapo.py writes it
+        written.write_text(written.read_text("utf-8").replace('"bfloat16"', '"float32"'), "utf-8")
         tokenizer.save_pretrained(dapo.OUTPUT_DIR)
 
 
