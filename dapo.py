@@ -647,7 +647,7 @@ def add_adapters(model):
         layers = ".*attn.*_proj.*" if hasattr(model.config.get_text_config(), "num_experts_per_tok") else "all-linear"
         kind = peft.LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=layers, task_type="CAUSAL_LM")
         vars(model)["adapters"] = peft.get_peft_model(model, kind)  # by setattr, the model would contain itself
-    if layers == "all-linear":  # now a set of names, which is saved in another order each time
+    if isinstance(kind.target_modules, set):  # which would be saved in another order each time
         kind.target_modules = sorted(kind.target_modules)
 
 

@@ -301,7 +301,9 @@ def test_the_saved_model_is_the_trained_one(kind, adapted, save, make_folder, se
     assert all(weights.shape == theirs[name].shape for name, weights in ours.items())
     saved = load_file(place / "adapters/adapter_model.safetensors")
     assert len(saved) == len(adapters(model)) and all(".lora_" in name for name in saved)
-    assert json.loads((place / "adapters/adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    config = json.loads((place / "adapters/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder)
+    assert config["target_modules"] in (".*attn.*_proj.*", sorted(config["target_modules"]))
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "qwen3_next"])
@@ -408,6 +410,16 @@ def test_a_checkpoint_holds_adapters_alone_and_is_for_them_alone(main, begun, ar
         (tmp_path / "run_1").rename(tmp_path / "run")
     begun([*arguments, "--NUM_STEPS=2"])
     assert "resuming the run" in capsys.readouterr().out
+
+
+def test_it_resumes_where_the_base_model_has_another_type(begun, arguments, monkeypatch, capsys):
+    """On a CPU, say, after a GPU with bf16 arithmetic; the folder of the base model is in fp32."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dapo, "autocast", lambda model: torch.autocast("cpu", torch.bfloat16))
+        begun(arguments)
+    begun(arguments)
+    said = capsys.readouterr().out
+    assert "resuming the run" in said and "held another run" not in said
 
 
 def test_a_checkpoint_of_all_weights_is_not_for_adapters(begun, arguments, tmp_path, capsys):
