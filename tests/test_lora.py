@@ -25,6 +25,7 @@ from tools import chat, evaluate
 
 peft = pytest.importorskip("peft", reason="LoRA needs peft (pip install peft)")
 pytestmark = [
+    pytest.mark.lora,
     pytest.mark.usefixtures("no_pictures"),
     pytest.mark.filterwarnings("ignore:.*(fan_in_fan_out|is_gradient_checkpointing):"),  # as dapo.py does
 ]
