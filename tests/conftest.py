@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import os
 import random
 import signal
@@ -27,6 +28,9 @@ logging.disable_progress_bar()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background, and tests send it
 dapo.DEVICE = "cpu"
 torch.set_num_threads(1)  # faster for tensors this small
+
+if importlib.util.find_spec("peft") is None:  # which requirements.txt does not install
+    dapo.add_adapters = lambda model: pytest.skip("LoRA needs peft (pip install peft)")
 
 HOSTILE = dict(do_sample=True, top_k=5, top_p=0.3, repetition_penalty=1.5, temperature=0.3, min_p=0.2, max_length=7)
 

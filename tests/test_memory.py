@@ -59,13 +59,13 @@ CHECKPOINTED, KL, LORA = {"GRADIENT_CHECKPOINTING": True}, {"KL_COEF": 0.1}, {"L
         (T.Qwen2Config, SHAPE | dict(hidden_size=256, num_hidden_layers=6, num_key_value_heads=4), True, {}),
         (T.Qwen2Config, SHAPE, False, CHECKPOINTED | KL),
         (T.Qwen2Config, SHAPE, True, CHECKPOINTED),
-        (T.LlamaConfig, SHAPE | dict(intermediate_size=2048), True, LORA),
-        (T.LlamaConfig, SHAPE, False, LORA | CHECKPOINTED),
+        pytest.param(T.LlamaConfig, SHAPE | dict(intermediate_size=2048), True, LORA, marks=pytest.mark.lora),
+        pytest.param(T.LlamaConfig, SHAPE, False, LORA | CHECKPOINTED, marks=pytest.mark.lora),
         (T.Qwen3Config, WIDE_HEADS, True, {}),
-        (T.Qwen3Config, WIDE_HEADS, False, LORA),
+        pytest.param(T.Qwen3Config, WIDE_HEADS, False, LORA, marks=pytest.mark.lora),
         (T.GemmaConfig, WIDE_HEADS, False, {}),
         (T.Gemma2Config, WIDE_HEADS, True, KL),
-        (T.Gemma2Config, WIDE_HEADS, True, LORA | CHECKPOINTED),
+        pytest.param(T.Gemma2Config, WIDE_HEADS, True, LORA | CHECKPOINTED, marks=pytest.mark.lora),
         (T.Gemma3TextConfig, WIDE_HEADS, True, CHECKPOINTED),
         (T.Gemma3TextConfig, WIDE_HEADS, False, {}),
     ],
@@ -117,6 +117,7 @@ def test_the_estimate_is_what_a_step_takes(
     assert all(0.95 < ratio < 1.25 for ratio in ratios), f"in sampling, in the update: {ratios}"
 
 
+@pytest.mark.lora
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_architectures_are_measured(kind, tokenizer, set_constants):
     config, sizes = ARCHITECTURES[kind]
@@ -125,6 +126,7 @@ def test_all_architectures_are_measured(kind, tokenizer, set_constants):
     assert 0 < measured.trained < measured.frozen and measured.kept > measured.inputs > 0 and measured.cache > 0
 
 
+@pytest.mark.lora
 def test_adapters_are_counted(set_constants):
     """Rank × (in + out) for each linear layer but the output layer, of 3 layers."""
     set_constants(LORA_RANK=8)
@@ -141,7 +143,9 @@ def test_adapters_are_counted(set_constants):
     assert memory.memory(measured) == parts
 
 
-@pytest.mark.parametrize("constants", [{}, LORA | CHECKPOINTED], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(
+    "constants", [{}, pytest.param(LORA | CHECKPOINTED, marks=pytest.mark.lora)], ids=["all weights", "LoRA"]
+)
 def test_the_largest_batches_that_fit(constants, set_constants, capsys):
     """They fit, and a group, here of 7, or a token more does not."""
     set_constants(GROUP_SIZE=7, **constants)
@@ -166,6 +170,7 @@ def test_the_largest_batches_that_fit(constants, set_constants, capsys):
     assert f"lacks {-left(7, 2 * tokens)[1] / 2**30:.1f} GiB" in say(7, 2 * tokens)
 
 
+@pytest.mark.lora
 def test_a_gpu_that_is_too_small(main, capsys):
     """CUDA takes half a GiB. What is named as a help is not in use yet."""
     for words, helps in ([], True), (["--LORA_RANK=4", "--GRADIENT_CHECKPOINTING=True"], False):
@@ -204,7 +209,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("recipe, gib", [("gsm8k", 24), ("gsm8k_3b", 24), ("gsm8k_7b", 48), ("dapo_math", 80)])
+@pytest.mark.parametrize(
+    "recipe, gib",
+    [
+        ("gsm8k", 24),
+        ("dapo_math", 80),
+        pytest.param("gsm8k_3b", 24, marks=pytest.mark.lora),
+        pytest.param("gsm8k_7b", 48, marks=pytest.mark.lora),
+    ],
+)
 def test_recipes_say_what_memory_they_need(recipe, gib, tmp_path, main, capsys):
     """The table in a recipe is the one that tools.memory prints for it, given the model's configuration."""
     path = ROOT / f"recipes/{recipe}.py"

@@ -47,7 +47,10 @@ def test_a_recipe_makes_the_papers_16_updates_a_batch(recipe):
     assert constants["DAPO_EPOCHS"] * constants["MINI_BATCHES"] == 16
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+BY_LORA = "gsm8k_3b", "gsm8k_7b"
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(r, marks=pytest.mark.lora if r in BY_LORA else ()) for r in RECIPES])
 def test_a_recipe_starts(recipe, main, make_folder, set_reward, no_pictures, tmp_path, monkeypatch, capsys):
     """Two steps with a tiny model, an evaluation, and a saved model that tools.evaluate and tools.chat take."""
     coin = itertools.cycle([1.0, 0.0, 0.0])
