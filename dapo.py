@@ -651,13 +651,17 @@ def add_adapters(model):
         kind.target_modules = sorted(kind.target_modules)
 
 
-def merged_weights(model):
-    """A model's state dict with its adapters added to the weights, in fp32: bf16 would round small changes away."""
+def save_weights(model, folder):
+    """Saves a model in Hugging Face form, its adapters added to the weights, in fp32: bf16 would round much away."""
     weights = {name.replace(".base_layer", ""): w for name, w in model.state_dict().items() if ".lora_" not in name}
     for name, layer in model.named_modules():
         if hasattr(layer, "base_layer"):
             weights[f"{name}.weight"] = (weights[f"{name}.weight"] + layer.get_delta_weight("default")).cpu()
-    return weights
+    model.save_pretrained(folder, state_dict=weights)
+    if LORA_RANK:
+        model.adapters.save_pretrained(folder / "adapters", save_embedding_layers=False)
+        config = folder / "config.json"  # says in which type the weights are loaded
+        config.write_text(config.read_text("utf-8").replace('"bfloat16"', '"float32"'), "utf-8")
 
 
 def recomputed(forward):
@@ -1075,11 +1079,7 @@ class Run:
         if place.exists() and not (place / "train_script.py").exists():
             fail(f"{place} is not this run's: move it; the same command then resumes the run, and saves its model")
         with complete(place) as unfinished:
-            self.model.save_pretrained(unfinished, state_dict=merged_weights(self.model))
-            if LORA_RANK:
-                self.model.adapters.save_pretrained(unfinished / "adapters", save_embedding_layers=False)
-                config = unfinished / "config.json"  # says in which type the weights are loaded
-                config.write_text(config.read_text("utf-8").replace('"bfloat16"', '"float32"'), "utf-8")
+            save_weights(self.model, unfinished)
             for weights in unfinished.rglob("*.safetensors"):  # its library lets only their owner read them
                 shutil.copymode(unfinished / "config.json", weights)
             self.tokenizer.save_pretrained(unfinished)

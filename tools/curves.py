@@ -36,20 +36,28 @@ def runs_in(word):
 
 def read_metrics(folder):
     """{name: (steps, values)} of the run in a folder."""
-    path, curves = Path(folder) if Path(folder).is_file() else Path(folder, "run.db"), {}
+    curves = {}
+    with opened(folder) as db:
+        for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(math.nan if value is None else float(value))
+    return curves
+
+
+@contextlib.contextmanager
+def opened(folder):
+    """The run.db of the run in a folder, which may be going on."""
+    path = Path(folder) if Path(folder).is_file() else Path(folder, "run.db")
     if not path.exists():
         fail(f"there is no run in {folder}: {path} is missing")
+    # A file that nobody writes to is read as it is: SQLite would write beside it, which a shared folder may forbid.
+    how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
     try:
-        # A file that nobody writes to is read as it is: SQLite would write beside it, which a shared folder may forbid.
-        how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
         with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + how, uri=True)) as db:
-            for step, name, value in db.execute("SELECT step, name, value FROM metrics ORDER BY step"):
-                steps, values = curves.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(math.nan if value is None else float(value))
+            yield db
     except (sqlite3.Error, ValueError) as error:
         fail(f"{path} cannot be read: {error}")
-    return curves
 
 
 def with_derived(curves):

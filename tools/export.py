@@ -13,7 +13,6 @@ What is written is a data set for TRAIN_DATASETS as well, with the input questio
 
 import argparse
 import ast
-import contextlib
 import itertools
 import json
 import re
@@ -25,6 +24,8 @@ from pathlib import Path
 import dapo  # isort: skip  (before torch, for Windows)
 import pyarrow.parquet
 from tqdm import tqdm
+
+from tools.curves import opened
 
 SCHEMA = {
     "step": "int64",
@@ -76,21 +77,6 @@ def read_steps(text):
     if text and not found:
         dapo.fail(f"--steps {text}: it has to be a step, such as 10, or the first and the last one, such as 10-14")
     return found and (int(found[1]), int(found[2] or found[1]))
-
-
-@contextlib.contextmanager
-def opened(folder):
-    """The run.db of the run in a folder, which may be going on."""
-    path = Path(folder) if Path(folder).is_file() else Path(folder, "run.db")
-    if not path.exists():
-        dapo.fail(f"there is no run in {folder}: {path} is missing")
-    # A file that nobody writes to is read as it is: SQLite would write beside it, which a shared folder may forbid.
-    how = "" if Path(f"{path}-wal").exists() else "?immutable=1"
-    try:
-        with contextlib.closing(sqlite3.connect(path.absolute().as_uri() + how, uri=True)) as db:
-            yield db
-    except sqlite3.Error as error:
-        dapo.fail(f"{path} cannot be read: {error}")
 
 
 def responses(db, folder, steps, right, written):

@@ -82,9 +82,7 @@ def main(argv=None):
     trainer = GRPOTrainer(model, partial(reward, tokenizer), config, *data, processing_class=tokenizer)
     trainer.train()
     if trainer.is_world_process_zero():
-        policy.save_pretrained(dapo.OUTPUT_DIR, state_dict=dapo.merged_weights(policy))
-        written = Path(dapo.OUTPUT_DIR, "config.json")  # of the type of the merged weights, as dapo.py writes it
-        written.write_text(written.read_text("utf-8").replace('"bfloat16"', '"float32"'), "utf-8")
+        dapo.save_weights(policy, Path(dapo.OUTPUT_DIR))
         tokenizer.save_pretrained(dapo.OUTPUT_DIR)
 
 
